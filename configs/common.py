@@ -36,7 +36,10 @@ def base(name: str, init: str, template: str, train: str | tuple) -> ConfigDict:
     c.data.samples = placeholder(str)  # asked every samples_every steps; none: of data.validation, else of data.train
     c.data.packing = True  # several samples a row of row_length tokens (0: picked)
     c.data.row_length = 0
-    c.data.mean_length = placeholder(int)  # tokens a sample, image included: for planning where no data is at hand
+    # For planning where no data is at hand: a sample's text and images, whose positions are the model's. Or, of both together,
+    c.data.mean_text = placeholder(int)
+    c.data.mean_images = 1.0
+    c.data.mean_length = placeholder(int)
     c.data.workers = 8
     c.data.skip_limit = 0.5  # of the samples, that may turn out unusable before the run stops
 

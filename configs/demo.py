@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
         c.tokenizer = f"{SAMPLE}/tokenizer.model"
     c.data.images = f"{SAMPLE}/images"
     c.data.packing = False
-    c.data.mean_length = 70
+    c.data.mean_text = 34
     c.data.workers = 0  # two cores have enough to do
 
     c.batch_size = stage["batch_size"]

@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     train = "data/instruct/llava_med_instruct_60k_inline_mention.json"
     c = common.base(f"finetune {args.preset}", init, template, train)
     c.data.images = "data/images"
-    c.data.mean_length = 1080
+    c.data.mean_text = 504
     c.batch_size = 128
     c.micro_batches = "auto"  # on eight devices two rows of 8,192 tokens each at a time
     c.epochs = args.epochs or epochs
@@ -38,5 +38,5 @@ def get_config(arg: str = "") -> ConfigDict:
     c.seed = 42  # of HF's Trainer
 
     if args.small:  # on the sample that comes along
-        common.on_a_cpu(c, train=f"{common.SAMPLE}/instruct.json", images=f"{common.SAMPLE}/images", mean_length=100)
+        common.on_a_cpu(c, train=f"{common.SAMPLE}/instruct.json", images=f"{common.SAMPLE}/images", mean_text=64)
     return c

@@ -19,12 +19,12 @@ LAST_FOUR = "vision_tower/layers_-[1-4]/.*"
 # An image is 729 tokens; captions have about 100 more, conversations 500, questions 45.
 STAGES = {
     "align": dict(init="runs/modern/start", train="data/alignment/llava_med_alignment_500k.json", template="up:plain", epochs=1,
-                  sample="alignment", trainable=("projector/.*",), learning_rate=1e-3, overrides=(), batch_size=256, mean_length=830),
+                  sample="alignment", trainable=("projector/.*",), learning_rate=1e-3, overrides=(), batch_size=256, mean_text=101),
     "instruct": dict(init="runs/modern/align", train="data/instruct/llava_med_instruct_60k_inline_mention.json", template=CHAT,
-                     epochs=3, sample="instruct", trainable=DECODER, learning_rate=1e-5, overrides=(), batch_size=128, mean_length=1230),
+                     epochs=3, sample="instruct", trainable=DECODER, learning_rate=1e-5, overrides=(), batch_size=128, mean_text=501),
     "vqa": dict(init="runs/modern/instruct", train=(dict(path="data/vqa_rad"), dict(path="data/slake")), template=CHAT,
                 epochs=3, sample="vqa_train", trainable=(*DECODER, LAST_FOUR), learning_rate=1e-5, overrides=(("vision_tower/.*", 1e-6),),
-                batch_size=64, mean_length=775),
+                batch_size=64, mean_text=46),
 }
 
 
@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c = common.base(f"modern {args.word} {'small' if args.small else PRESET}", init, stage["template"], train)
     if args.word != "vqa":
         c.data.images = "data/images"
-    c.data.mean_length = stage["mean_length"]
+    c.data.mean_text = stage["mean_text"]
     c.batch_size = stage["batch_size"]
     c.micro_batches = "auto"
     c.epochs = args.epochs or stage["epochs"]
@@ -53,6 +53,6 @@ def get_config(arg: str = "") -> ConfigDict:
         c.checkpoint.every_steps = 100
 
     if args.small:  # whose tokenizer lacks the special tokens of Qwen3's template
-        common.on_a_cpu(c, images=f"{common.SAMPLE}/images", mean_length=100)
+        common.on_a_cpu(c, images=f"{common.SAMPLE}/images", mean_text=64)
         c.template = "up:plain" if args.word == "align" else "v1.5:mistral_instruct"
     return c

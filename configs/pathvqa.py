@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     args = recipe_arguments(arg, epochs=3)
 
     c = common.for_a_task("pathvqa", args, TEMPLATES[args.family])
-    c.data.mean_length = 620
+    c.data.mean_text = 44
     c.batch_size = 64
     c.micro_batches = "auto"  # on eight devices 5,000 tokens each
     c.epochs = args.epochs
@@ -35,5 +35,5 @@ def get_config(arg: str = "") -> ConfigDict:
     c.seed = 42  # of HF's Trainer
 
     if args.small:  # the questions are PathVQA's own all the same
-        common.on_a_cpu(c, mean_length=70)
+        common.on_a_cpu(c, mean_text=34)
     return c

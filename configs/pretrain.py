@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     init = "preset:small" if args.small else "runs/start"  # what `python -m convert build --out runs/start` writes
     c = common.base(f"pretrain {args.preset}", init, template, "data/alignment/llava_med_alignment_500k.json")
     c.data.images = "data/images"
-    c.data.mean_length = 680
+    c.data.mean_text = 104
     c.batch_size = batch_size
     c.micro_batches = "auto"  # on eight devices 10,240 tokens each at a time
     c.epochs = args.epochs
@@ -43,5 +43,5 @@ def get_config(arg: str = "") -> ConfigDict:
 
     if args.small:  # on the sample that comes along
         common.on_a_cpu(
-            c, train=f"{common.SAMPLE}/alignment.json", images=f"{common.SAMPLE}/images", mean_length=100)
+            c, train=f"{common.SAMPLE}/alignment.json", images=f"{common.SAMPLE}/images", mean_text=64)
     return c

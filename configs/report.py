@@ -19,7 +19,8 @@ def get_config(arg: str = "") -> ConfigDict:
 
     c = common.for_a_task("report", args, TEMPLATES[args.family])
     c.data.train = "data/iu_xray"
-    c.data.mean_length = 1250  # two images of 576, the instruction, and 40 words
+    c.data.mean_text = 98  # the instruction, and 40 words
+    c.data.mean_images = 2.0
     c.batch_size = 64
     c.micro_batches = "auto"
     c.epochs = args.epochs
@@ -33,6 +34,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.seed = 42  # of HF's Trainer
 
     if args.small:  # on your copy of the set: the sample has no reports
-        common.on_a_cpu(c, mean_length=180)
+        common.on_a_cpu(c, mean_text=108)
         c.max_length = 320
     return c

@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c.tokenizer = f"{common.SAMPLE}/tokenizer.model"  # of 1,024 pieces; what they lack is spelled in bytes
     c.protocol = "clean"
     c.data.row_length = 256
-    c.data.mean_length = 80
+    c.data.mean_text = 44
     c.data.workers = 0  # two cores have enough to do
 
     c.batch_size = 29  # what eight rows hold

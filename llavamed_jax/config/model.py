@@ -96,6 +96,11 @@ class LlavaConfig:
         return self.vision.num_patches + self.vision.class_tokens * (self.feature_select == "cls_patch")
 
     @property
+    def image_length(self) -> int:
+        """The positions that an image takes in a prompt, with the start and end tokens about it."""
+        return self.tokens_per_image + 2 * self.use_start_end
+
+    @property
     def select_strategy(self) -> str:
         """The `vision_feature_select_strategy` of transformers; `default` leaves out any tower's first position."""
         return "default" if self.feature_select == "patch" and self.vision.class_tokens else "full"

@@ -79,7 +79,7 @@ def make_mesh(spec: str | Mapping[str, int] | None = None, devices: Sequence[jax
                          "expected")
     shape = [len(devices) // known if n == -1 else n for n in shape]
     is_part = math.prod(shape) < len(devices)
-    if is_part and jax.process_count() > 1 and len({device.process_index for device in devices}) > 1:
+    if is_part and len({device.process_index for device in devices}) > 1:
         raise UsageError(f"the mesh {dict(zip(AXES, shape))} uses {math.prod(shape)} of the {len(devices)} devices of "
                          f"several processes; sizes with a product of {len(devices)} were expected (one may be -1)")
     devices = devices[:math.prod(shape)]

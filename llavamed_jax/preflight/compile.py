@@ -178,7 +178,7 @@ def check_model(job: Mapping[str, Any]) -> None:
         programs.shapes_of(job["checkpoint"], vision_tower=job["vision_tower"])
         programs.few_bits_of(job["checkpoint"], job.get("quantize"), job["vision_tower"], job.get("adapter"))
     else:
-        programs.shapes_of(config["init"], config["name"], config["vision_tower"])
+        programs.shapes_of(config["init"], config["name"], config["vision_tower"], tokenizer=config.get("tokenizer"))
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
 
 def train(cfg: ConfigDict, topology: Topology, devices: Sequence, peak: str | None = None) -> dict[str, Any]:
     """Compiles the update of a recipe; returns its part of a row of preflight's JSON. `peak` is that of the flag."""
-    config, model = programs.shapes_of(cfg.init, cfg.name, cfg.vision_tower)
+    config, model = programs.shapes_of(cfg.init, cfg.name, cfg.vision_tower, tokenizer=cfg.get("tokenizer"))
     training = programs.Training.of(cfg, config, devices, topology.memory)
     tried: dict[settings.Settings, Compiled] = {}
 
@@ -217,6 +217,7 @@ def train(cfg: ConfigDict, topology: Topology, devices: Sequence, peak: str | No
         rows=training.update.rows, row_length=training.update.row_length, micro_batches=training.micro_batches,
         fitting_batch_size=None if training.update.is_close else round(training.update.samples),
         samples_per_step=training.update.samples, mean_length=training.mean_length,
+        mean_images=training.mean_images, longest_sample=training.longest_sample(cfg),
         compile_seconds=found.seconds, compile_cpu_seconds=found.cpu_seconds, program_bytes=len(found.text),
         bytes={**held, "activations": max(0, found.peak - sum(held.values())), **found.bytes()},
         collectives=collectives.totals(sent), traffic_bytes=round(sum(each.count * each.bytes for each in sent)),

@@ -22,17 +22,19 @@ from llavamed_jax.errors import UsageError, cut, short
 from llavamed_jax.parallel.mesh import batch_shards
 from llavamed_jax.pipeline.packing import Layout
 from llavamed_jax.pipeline.sizes import Update
+from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.training import fp8, settings
 from llavamed_jax.training.losses import most_rounds
 from llavamed_jax.training.program import Program, bytes_a_device, open_mesh
 from llavamed_jax.training.recipe import TABLE
-from llavamed_jax.training.rows import check_positions, packed, unpacked
+from llavamed_jax.training.start import with_vocabulary
 from llavamed_jax.training.throughput import training_flops
+from llavamed_jax.training.update_rows import check_positions, update_of
 from llavamed_jax.utils.paths import is_bucket
 
 
 def shapes_of(path: str, name: str | None = None, vision_tower: str | None = None,
-              adapter: str | None = None) -> tuple[LlavaConfig, str]:
+              adapter: str | None = None, tokenizer: str | None = None) -> tuple[LlavaConfig, str]:
     """Returns the shapes of a model, and a phrase that says where they come from.
 
     Args:
@@ -41,6 +43,8 @@ def shapes_of(path: str, name: str | None = None, vision_tower: str | None = Non
         exist yet.
       vision_tower: replaces the tower of a checkpoint. A preset keeps its own tower, and the phrase says so.
       adapter: the directory of an adapter that is put onto the checkpoint; None for none.
+      tokenizer: the tokenizer whose vocabulary a preset takes, as a run of it does; None, or one that is not here,
+        leaves the preset's own.
 
     Raises:
       UsageError: `path` is neither a checkpoint nor a preset, and `name` names no preset.
@@ -50,7 +54,9 @@ def shapes_of(path: str, name: str | None = None, vision_tower: str | None = Non
     own = f", with its own tower instead of {vision_tower}" if vision_tower else ""
     known = path.removeprefix(PRESET)
     if path.startswith(PRESET) and known in PRESETS:
-        return preset(known), path + own
+        if tokenizer is None or not os.path.exists(tokenizer):
+            return preset(known), path + own
+        return with_vocabulary(preset(known), Tokenizer.load(tokenizer)), f"{path} with the tokens of {tokenizer}{own}"
     if not path.startswith(PRESET) and (name is None or os.path.isdir(path) or is_bucket(path)):
         return open_model(path, vision_tower).config, path
     is_absent = not path.startswith(PRESET) and not os.path.exists(path)
@@ -81,6 +87,15 @@ def few_bits_of(path: str, quantize: str | None, vision_tower: str | None = None
     return quantize or checkpoint.few_bits
 
 
+def planned_length(cfg: ConfigDict, config: LlavaConfig) -> int:
+    """Returns the mean tokens of a sample, at most `max_length`: longer samples are cut.
+
+    It is the recipe's `data.mean_length`, or its text and the positions of its images in this model.
+    """
+    whole, text, images = (cfg.data[key] for key in ("mean_length", "mean_text", "mean_images"))
+    return min(round(text + images * config.image_length) if whole is None else whole, cfg.max_length)
+
+
 @dataclass(frozen=True)
 class Training:
     """An update of a recipe on a mesh.
@@ -89,19 +104,22 @@ class Training:
       program: the model, mesh, optimizer and shardings of the run.
       update: number and length of the rows, and the number of samples in them.
       image_slots: images per row.
-      mean_length: tokens per sample, as stated by the recipe, at most `max_length`.
+      mean_length: tokens per sample (`planned_length`).
+      mean_images: images per sample, as stated by the recipe.
     """
 
     program: Program
     update: Update
     image_slots: int
     mean_length: float
+    mean_images: float
 
     @classmethod
     def of(cls, cfg: ConfigDict, config: LlavaConfig, devices: Sequence[jax.Device], memory: int) -> Training:
         """Chooses mesh, rows and image slots as a run does, with the recipe's mean length instead of the data's.
 
-        Rows have room for as many images as samples of the mean length; a run tries numbers around that on its data.
+        Rows have room for the images of as many samples of the mean length; a run tries numbers around that on its
+        data.
 
         Args:
           cfg: the recipe.
@@ -118,17 +136,17 @@ class Training:
         if len(trainable) < len(cfg.trainable) and config.use_start_end:
             trainable, rows = tuple(cfg.trainable), (config.decoder.vocab_size - 2, config.decoder.vocab_size - 1)
         program = Program.of(settings.open_remat(cfg), config, mesh, 100, trainable, rows)
-        mean_length = min(cfg.data.mean_length, cfg.max_length)  # longer samples are cut
-        if cfg.data.packing:
-            if 0 < cfg.data.row_length < mean_length:
-                raise UsageError(f"the config key 'data.row_length' is {cfg.data.row_length}; at least "
-                                 f"data.mean_length ({mean_length} tokens) was expected, so that a sample fits")
-            longest = mean_length if cfg.data.row_length else cfg.max_length  # a row length of the recipe is believed
-            update = packed(cfg, mesh, config, mean_length, longest)
-            slots = -(-update.row_length // mean_length)
-        else:
-            update, slots = unpacked(cfg, batch_shards(mesh)), 1
-        return cls(program, update, slots, mean_length)
+        mean_length, images = planned_length(cfg, config), cfg.data.mean_images
+        if cfg.data.packing and 0 < cfg.data.row_length < mean_length:
+            raise UsageError(f"the config key 'data.row_length' is {cfg.data.row_length}; at least the mean length of "
+                             f"a sample ({mean_length} tokens) was expected, so that a sample fits")
+        update = update_of(cfg, mesh, config, mean_length)
+        slots = math.ceil(images * (update.row_length / mean_length if cfg.data.packing else 1))
+        return cls(program, update, slots, mean_length, images)
+
+    def longest_sample(self, cfg: ConfigDict) -> int | None:
+        """Returns the tokens of the longest sample that the rows hold; None if they hold every one (`max_length`)."""
+        return self.update.row_length if self.update.row_length < cfg.max_length else None
 
     def lower(self):
         """Returns the update, lowered for the devices of the mesh."""
@@ -167,11 +185,12 @@ class Training:
         return self.update.rows * self.update.row_length
 
     def flops(self) -> float:
-        """Returns the FLOPs of an update with full rows of samples of the mean length, with one image each."""
+        """Returns the FLOPs of an update with full rows of samples of the mean length and number of images."""
         length = self.mean_length
         samples = self.tokens / length
         attended = samples * length * (length + 1) / 2
-        return training_flops(self.program.model.cfg, self.program.trained_sizes(), self.tokens, attended, samples)
+        return training_flops(self.program.model.cfg, self.program.trained_sizes(), self.tokens, attended,
+                              samples * self.mean_images)
 
     @property
     def loss_rounds(self) -> int:

@@ -126,8 +126,10 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "data.packing": _flag("whether several samples share a row", True),
     "data.row_length": _integer("tokens per packed row; 0 picks 8,192, 4,096, 2,048, or a length that makes the "
                                  "batch", 0, least=0, most=2**17),
-    "data.mean_length": _integer("mean tokens per sample, images included; used by preflight, which reads no data; a "
-                                 "run measures its own", more_than=0),
+    "data.mean_text": _open("mean tokens of a sample's text; preflight, which reads no data, adds the positions that "
+                            "the model has for the images; a run measures its own", int, more_than=0),
+    "data.mean_images": _number("mean images per sample, as data.mean_text", 1.0, least=0, most=1000),
+    "data.mean_length": _open("mean tokens per sample, images included, in place of data.mean_text", int, more_than=0),
     "data.workers": _integer("processes that read and tokenize; 0 reads in the training process", 8,
                              least=0, most=1024),
     "data.skip_limit": _number("the share of samples, and of images, that may be unusable before the run stops", 0.5,
@@ -209,6 +211,9 @@ def check(cfg: ConfigDict) -> None:
         _check_value(key, value)
     if cfg.epochs is None and cfg.total_steps is None:
         raise UsageError("the config keys 'epochs' and 'total_steps' are both none; one of them was expected")
+    if cfg.data.mean_length is None and cfg.data.mean_text is None:
+        raise UsageError("the config keys 'data.mean_text' and 'data.mean_length' are both none; one of them was "
+                         "expected, by which preflight plans")
     if isinstance(cfg.micro_batches, int) and cfg.batch_size % cfg.micro_batches and not cfg.data.packing:
         raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; "
                          f"a multiple of micro_batches ({cfg.micro_batches}) was expected")

@@ -23,66 +23,7 @@ from llavamed_jax.pipeline.lengths import Lengths
 from llavamed_jax.pipeline.trial import Trial
 from llavamed_jax.processor import Processor
 from llavamed_jax.training.state import partition
-
-
-def unpacked(cfg: ConfigDict, shards: int) -> sizes.Update:
-    """Returns the rows of an update of one sample a row.
-
-    Raises:
-      UsageError: they cannot be sharded evenly. Packed rows adapt their number.
-    """
-    is_chosen = cfg.micro_batches == sizes.AUTO
-    multiple = shards * (1 if is_chosen else cfg.micro_batches)
-    if cfg.batch_size % multiple:
-        said = "" if is_chosen else f" x micro_batches {cfg.micro_batches}"
-        raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; a multiple of {multiple} was expected "
-                         f"(data x fsdp of the mesh{said})")
-    parts = sizes.parts_of(cfg.batch_size // shards, cfg.max_length) if is_chosen else cfg.micro_batches
-    return sizes.Update(cfg.max_length, cfg.batch_size, parts, cfg.batch_size, True)
-
-
-def packed(cfg: ConfigDict, mesh: Mesh, config: LlavaConfig, mean_length: float, longest: int,
-           samples_a_row: Callable[[int], float] | None = None) -> sizes.Update:
-    """Returns the packed rows of an update of `batch_size` samples.
-
-    Args:
-      cfg: the recipe.
-      mesh: the devices.
-      config: the model's shapes.
-      mean_length: mean number of tokens of a sample.
-      longest: tokens of the longest sample.
-      samples_a_row: returns how many samples a row of a length holds; None takes rows as full.
-
-    Raises:
-      UsageError: updates would have another number of samples, by more than a tenth, and `batch_size_may_grow` is off;
-        or the longest sample does not fit `data.row_length`.
-    """
-    shards = batch_shards(mesh)
-
-    def update(shards=shards, micro_batches=cfg.micro_batches, row_length=cfg.data.row_length):
-        return sizes.rows_an_update(cfg.batch_size, mean_length, shards, micro_batches, row_length, longest,
-                                    samples_a_row)
-
-    made = update()
-    if made.is_close or cfg.batch_size_may_grow:
-        return made
-    ways = []
-    if cfg.micro_batches not in (1, sizes.AUTO) and update(micro_batches=sizes.AUTO).is_close:
-        ways.append("micro_batches=auto")
-    if cfg.data.row_length and update(row_length=0).is_close:
-        ways.append("data.row_length=0")
-    tp = mesh.shape["tp"]
-    splits = (2**i for i in range(1, 8) if shards % 2**i == 0 and config.decoder.num_kv_heads % (tp * 2**i) == 0)
-    if (split := next((each for each in splits if update(shards=shards // each).is_close), None)) is not None:
-        ways.append(f"mesh.tp={tp * split}")
-    ways.append(f"batch_size={round(made.samples)}")
-    fewer = (shards >> i for i in range(1, shards.bit_length()))
-    if (number := next((each for each in fewer if update(shards=each).is_close), None)) is not None:
-        ways.append(count_of(number * tp, "device"))
-    raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}, but {made.rows} packed rows of "
-                     f"{made.row_length} tokens on {count_of(mesh.size, 'device')} (data x fsdp is {shards}) make "
-                     f"updates of about {made.samples:.0f} samples; {', '.join(ways[:-1])}{' or ' if ways[1:] else ''}"
-                     f"{ways[-1]} was expected, or batch_size_may_grow=true to train with what the rows hold")
+from llavamed_jax.training.update_rows import check_positions, update_of
 
 
 @dataclass(frozen=True)
@@ -200,8 +141,11 @@ class Data:
         """Returns lines about the data, warnings about unused records, and the shape of the rows."""
         found = self.plan.lengths
         sets = [*self.train.found, *(self.validation.found if self.validation is not None else ())]
+        images = float(found.images.sum() / max(found.usable, 1))
+        text = found.mean - images * self.processor.config.image_length
         lines = [*sets, f"{found.usable} samples with a mean of {found.mean:.1f} tokens and at most {found.longest}, "
-                        f"images included (data.mean_length, {self.cfg.data.mean_length}, is used by preflight only)"]
+                        f"images included (preflight, which reads no data, would plan with data.mean_text={text:.0f} "
+                        f"and data.mean_images={images:.2g})"]
         lines += self._troubles("", found)
         if self.validation_plan is not None:
             lines += self._troubles("validation ", self.validation_plan.lengths)
@@ -298,14 +242,6 @@ def _check_skip_limit(cfg: ConfigDict, path, stream: packing.Stream, found: Leng
         raise UserError(f"{lost:.0f} of the {named:.0f} images of {path} are left out, {why}")
 
 
-def check_positions(cfg: ConfigDict, config: LlavaConfig) -> None:
-    """Raises UsageError if samples may be longer than the decoder's positions."""
-    most = config.decoder.max_positions
-    if cfg.max_length > most:
-        raise UsageError(f"the config key 'max_length' is {cfg.max_length}; at most {most} was expected, the number of "
-                         "positions of the decoder")
-
-
 @dataclass(frozen=True)
 class _Rows:
     """Settles the shape of rows from the data's lengths and the mesh."""
@@ -330,12 +266,12 @@ class _Rows:
                                    else (settled.get("rows", cfg.batch_size), cfg.max_length, found.max_images))
         elif cfg.data.packing:
             trial = self._trial(stream, found)
-            update = packed(self._at_most(stream, found), self.mesh, self.config, found.mean, found.longest,
-                            trial.samples_a_row)
+            update = update_of(self._at_most(stream, found), self.mesh, self.config, found.mean, found.longest,
+                               trial.samples_a_row)
             rows, length, parts = update.rows, update.row_length, update.micro_batches
             slots = trial.image_slots(length)
         else:
-            update = unpacked(cfg, shards)
+            update = update_of(cfg, self.mesh, self.config)
             rows, length, parts, slots = update.rows, update.row_length, update.micro_batches, found.max_images
         if parts == sizes.AUTO:
             parts = sizes.parts_of(-(-rows // shards), length)

@@ -15,7 +15,7 @@ from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.model_config import TEXT_FILES
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.random import random_checkpoint
-from llavamed_jax.config import PRESET, preset
+from llavamed_jax.config import PRESET, LlavaConfig, preset
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.text.templates import get_template
 from llavamed_jax.text.tokenizer import TOKENIZERS, Tokenizer
@@ -46,10 +46,7 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
             raise UsageError(f"the config key 'init' is {cfg.init!r}, which has no tokenizer; set 'tokenizer' to a "
                              "tokenizer.model or a directory with one")
         with _naming(cfg, "init"):
-            config = preset(cfg.init.removeprefix(PRESET))
-        config = config.replace(decoder=replace(
-            config.decoder, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id,
-            eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id))
+            config = with_vocabulary(preset(cfg.init.removeprefix(PRESET)), tokenizer)
         checkpoint = random_checkpoint(config, cfg.seed)
     else:
         parts = {key: cfg[key] for key in ("init", "vision_tower") if cfg[key] is not None}
@@ -67,6 +64,13 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
         checkpoint = checkpoint.replace(config=checkpoint.config.replace(template=cfg.template))
     adapter = adapter_of(cfg)
     return checkpoint if adapter is None else attach(checkpoint, adapter, cfg.seed)
+
+
+def with_vocabulary(config: LlavaConfig, tokenizer: Tokenizer) -> LlavaConfig:
+    """Returns a preset's shapes with the vocabulary and the special ids of a tokenizer."""
+    return config.replace(decoder=replace(
+        config.decoder, vocab_size=tokenizer.vocab_size, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id))
 
 
 def with_own_tokenizer(cfg: ConfigDict) -> ConfigDict:

@@ -55,6 +55,8 @@ def _void(cfg: ConfigDict) -> Iterator[tuple[str, object, str]]:
         yield "epochs", cfg.epochs, f"total_steps is {cfg.total_steps}"
     if cfg.data.row_length and not cfg.data.packing:
         yield "data.row_length", cfg.data.row_length, "data.packing is false"
+    if cfg.data.mean_length is not None and cfg.data.mean_text is not None:
+        yield "data.mean_text", cfg.data.mean_text, f"data.mean_length is {cfg.data.mean_length}"
     if cfg.batch_size_may_grow and not cfg.data.packing:
         yield "batch_size_may_grow", cfg.batch_size_may_grow, "data.packing is false"
     if cfg.data.samples and not cfg.samples_every:

@@ -7,6 +7,7 @@ import pytest
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.cli import eval_parts
 from llavamed_jax.cli.common import load_config
+from llavamed_jax.config import preset
 from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.counts import describe
 from llavamed_jax.datasets.iu_xray import INSTRUCTION, split_of
@@ -19,6 +20,7 @@ from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.evaluation.report import details
 from llavamed_jax.evaluation.results import Outcome
 from llavamed_jax.evaluation.scoring.items import AnswerSet
+from llavamed_jax.preflight.programs import planned_length
 from tests.support import published_sets
 from tests.support.answerers import StandIn
 
@@ -188,4 +190,5 @@ def test_the_recipe_trains_on_it(tmp_path):
     published_sets.write(tmp_path, ("iu_xray",))
     cfg = load_config("configs/report.py:small", [f"data.train={tmp_path / 'iu_xray'}"])
     assert len(read_training(cfg.data.train)) == 4 and cfg.max_length == 320 and cfg.epochs == 3
-    assert load_config("configs/report.py:v1,13b").loss_weighting == "sample" and load_config("configs/report.py").data.mean_length == 1250
+    assert load_config("configs/report.py:v1,13b").loss_weighting == "sample"
+    assert planned_length(load_config("configs/report.py"), preset("v15-7b")) == 1250

@@ -1,5 +1,6 @@
 """The numbers of preflight's rows beside what was counted by hand, and what decides a verdict."""
 
+import itertools
 import json
 import os
 from types import SimpleNamespace
@@ -7,14 +8,19 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from llavamed_jax.cli import common
+from llavamed_jax.config import preset
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.preflight import compile as compiling
 from llavamed_jax.preflight import report, search
 from llavamed_jax.preflight.topologies import KINDS, Topology
 from llavamed_jax.training.settings import Settings, abstract_batch
-from tests.preflight.test_preflight import CFG, training
+from llavamed_jax.training.start import open_start
+from llavamed_jax.training.update_rows import update_of
+from tests.preflight.test_preflight import CFG, FINETUNE, ROOT, training
 from tests.support.preflight_jobs import GIB, job, row
 
+TOKENIZER = f"{ROOT}/samples/vqa_rad/tokenizer.model"
 # Numbers of CFG's arrays, by how they lie.
 LAYERS = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96)  # fsdp and tp
 ENDS = 2 * 256 * 64  # the table and the head: fsdp and tp
@@ -55,10 +61,46 @@ def test_model_flops_are_what_a_hand_counts():
 def test_an_update_is_what_a_run_would_make():
     packed = training(CFG, "data.mean_length=50", "batch_size_may_grow=true")
     assert packed.image_slots == 3  # 128 / 50 samples, rounded up
+    several = ["data.mean_length=none", "data.mean_text=46", "data.mean_images=2", "batch_size_may_grow=true"]
+    packed = training(CFG, *several)  # two images of four positions
+    assert (packed.mean_length, packed.image_slots) == (54, 5)  # 128 / 54 samples of two images each, rounded up
+    alone = training(CFG, "data.mean_length=54", "batch_size_may_grow=true")
+    pictures = packed.flops() - alone.flops()
+    assert pictures == pytest.approx(packed.tokens / 54 * CFG.vision_flops_per_image(), rel=1e-9)
+    assert training(CFG, *several, "data.packing=false", "max_length=64", "batch_size=64").image_slots == 2
     apart = training(CFG, "data.packing=false", "max_length=64", "batch_size=64", "micro_batches=2")
     assert (apart.update.rows, apart.update.row_length, apart.image_slots) == (64, 64, 1)
     pixels = abstract_batch(apart.program, apart.layout)["pixel_values"]
     assert pixels.shape == (64, 1, 16, 16, 3) and pixels.dtype == "uint8" and pixels.sharding.shard_shape(pixels.shape)[0] == 8
+
+
+def test_preflight_takes_the_meshes_that_a_run_of_some_data_takes():
+    """It has seen no data. It took samples of max_length for granted, and refused 32 devices for short ones."""
+    def takes(cfg, shards, mean, longest):
+        try:
+            return update_of(cfg, SimpleNamespace(shape=dict(data=1, fsdp=shards, tp=1), size=shards), preset("v15-7b"), mean, longest)
+        except UsageError:
+            return None
+
+    some = set()
+    for batch_size, micro_batches in ((16, "auto"), (64, 1), (128, "auto"), (128, 4)):
+        cfg = common.load_config(f"{FINETUNE}:v15", [f"batch_size={batch_size}", f"micro_batches={micro_batches}"])
+        for shards, mean in itertools.product((1, 4, 8, 32, 64, 128), (302, 620, 762, 1080)):
+            of_runs = [takes(cfg, shards, mean, longest) for longest in (mean, mean + 20, int(1.2 * mean), 2048)]
+            planned = takes(cfg, shards, mean, None)
+            assert (planned is not None) == any(of_runs) and (of_runs[-1] is None or planned == of_runs[-1]), (batch_size, shards, mean)
+            some |= {(planned is not None, of_runs[-1] is not None)}
+    assert some == {(True, True), (True, False), (False, False)}
+
+
+def test_a_presets_vocabulary_is_that_of_its_tokenizer_as_in_a_run():
+    """v1.0's 32,003 rows cannot be halved; the 1,024 that a run has with this tokenizer can."""
+    cfg = common.load_config(f"{FINETUNE}:v1", ["init=preset:v1-7b", f"tokenizer={TOKENIZER}"])
+    found, said = compiling.programs.shapes_of(cfg.init, cfg.name, None, tokenizer=cfg.tokenizer)
+    assert said == f"preset:v1-7b with the tokens of {TOKENIZER}" and found.decoder.vocab_size == 1024
+    small = common.load_config(f"{FINETUNE}:small", [])
+    assert compiling.programs.shapes_of(small.init, small.name, None, tokenizer=small.tokenizer)[0].decoder == open_start(small).config.decoder
+    assert compiling.programs.shapes_of(cfg.init, cfg.name, None, tokenizer="not/here")[0].decoder.vocab_size == 32003
 
 
 # ---- of a compilation
@@ -130,7 +172,7 @@ def machine(monkeypatch):
 def test_a_row_is_what_the_interface_promises_and_its_peak_decides(monkeypatch, machine, beyond, fits):
     update = SimpleNamespace(
         candidates=lambda cfg: [Settings("full", 2)], having=lambda chosen: update, loss_rounds=3, lower=lambda: None, bytes=lambda: dict(parameters=100, optimizer=200, gradients=100), least_traffic=lambda: 900.4,
-        flops=lambda: 5e15, tokens=2048, micro_batches=2, mean_length=40,
+        flops=lambda: 5e15, tokens=2048, micro_batches=2, mean_length=40, mean_images=1.0, longest_sample=lambda cfg: None,
         update=SimpleNamespace(rows=16, row_length=128, is_close=False, samples=51.2),
         program=SimpleNamespace(mesh=SimpleNamespace(shape={"data": 1, "fsdp": 8, "tp": 1}, size=8), model=SimpleNamespace(attention="flash"), is_fp8=False))
     monkeypatch.setattr(compiling.programs.Training, "of", lambda *_: update)

@@ -1,5 +1,7 @@
 """Rounding to few bits and the product: bounds of the error, equality with what the arrays say, the compiled program."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +135,15 @@ def test_one_row_is_two_on_a_gpu_where_xla_would_not_take_the_library(monkeypatc
     assert is_two("cuda", 1, 31, None) and is_two("cuda", 1, 32, jnp.float32)
     assert not is_two("cuda", 1, 32, None) and not is_two("cuda", 1, 32, jnp.bfloat16) and not is_two("cuda", 3, 31, jnp.float32)
     assert not is_two("cpu", 1, 31, jnp.float32)
+    assert [lowered(platform, 1, 31, None).count("stablehlo.dot_general") for platform in ("cuda", "cpu")] == [1, 1]
+
+
+def test_the_choice_of_a_platform_is_no_work():
+    """The program of one row is the plain product's, with no condition left."""
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 64), (64, 31)))
+    of = lambda function: jax.jit(lambda x, kernel: function(x, kernel, jnp.float32)).lower(x, kernel).compile().as_text()
+    found, plain = (re.sub(r"metadata=\{[^}]*\}", "", text[text.index("\n%"):]) for text in map(of, (kernels.dot, kernels._product)))
+    assert found == plain and "conditional" not in found
 
 
 @pytest.mark.parametrize("out_dtype", [None, jnp.float32])

@@ -16,9 +16,10 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.pipeline import sizes
 from llavamed_jax.training import program, trainer
-from llavamed_jax.training.rows import Data, packed
+from llavamed_jax.training.rows import Data
 from llavamed_jax.training.start import open_start
 from llavamed_jax.training.trainer import fit
+from llavamed_jax.training.update_rows import packed
 from tests.support import training_runs
 from tests.support.training_runs import FakeStep, log_lines
 

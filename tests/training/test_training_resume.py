@@ -22,7 +22,8 @@ from tests.support.training_runs import ROOT, FakeStep
 # What docs/interface.md lets a run change that goes on, and what only watches it.
 MAY_DIFFER = {"epochs", "total_steps", "log_every", "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep",
               "checkpoint.keep_best", "data.workers", "mesh.data", "mesh.fsdp", "mesh.tp", "mesh.slices", "mesh.auto",
-              "samples_every", "data.samples", "nan_limit", "remat", "micro_batches"}
+              "samples_every", "data.samples", "nan_limit", "remat", "micro_batches",
+              "data.mean_text", "data.mean_images", "data.mean_length"}
 
 
 pytestmark = pytest.mark.usefixtures("one_device", "without_compiling")
