@@ -13,6 +13,7 @@ from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG, ADAPTER_OTHERS
 from llavamed_jax.checkpoints.torch.layout import to_torch
 from llavamed_jax.checkpoints.torch.write import total_bytes, write_bin, write_safetensors
 from llavamed_jax.checkpoints.tree import reference
+from llavamed_jax.config import LlavaConfig
 from llavamed_jax.config.adapter import FACTOR_A, FACTOR_B, KERNEL, AdapterConfig
 from llavamed_jax.config.hf import llava_to_hf
 from llavamed_jax.errors import UserError, some
@@ -48,7 +49,7 @@ def write(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers",
     adapter = checkpoint.config.adapter
     if adapter is None:
         raise UserError(f"{checkpoint.directory} has no adapter; an adapter, or a run that trains one, was expected")
-    spelled = {name: _spelling(spellings[0], layout)
+    spelled = {name: _spelling(spellings[0], layout, checkpoint.config)
                for name, spellings in names.torch_names(checkpoint.config, layout).items()}
     modules = sorted(name.removesuffix(FACTOR_A) for name in checkpoint.tensors if name.endswith(FACTOR_A))
     homeless = [module for module in modules if module + KERNEL not in spelled]
@@ -76,11 +77,12 @@ def write(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers",
     return [*tensors, *others]
 
 
-def _spelling(name: str, layout: str) -> str:
+def _spelling(name: str, layout: str, cfg: LlavaConfig) -> str:
     if layout == "transformers":
         for old, new in _TRANSFORMERS_5.items():
             if name.startswith(old):
-                return new + name.removeprefix(old)
+                rest = name.removeprefix(old)
+                return new + (cfg.vision.in_memory(rest) if "vision_tower" in new else rest)
     return name
 
 

@@ -130,7 +130,8 @@ def torch_names(cfg: LlavaConfig, layout: str) -> dict[str, tuple[str, ...]]:
     for name, spec in specs(cfg).items():
         if spec.part in prefixes:
             suffix = _projector_suffix(cfg, layout, spec.torch) if spec.part == "projector" else spec.torch
-            names[name] = tuple(prefix + suffix for prefix in prefixes[spec.part])
+            spelled = [suffix, cfg.vision.in_memory(suffix)] if spec.part == "vision_tower" else [suffix]
+            names[name] = tuple(prefix + each for each in dict.fromkeys(spelled) for prefix in prefixes[spec.part])
     return names
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from llavamed_jax.config.checks import as_object, channels, check_activation, check_counts, check_fields
 from llavamed_jax.config.images import ImageSettings
@@ -82,6 +82,8 @@ class VisionConfig:
       elsewhere: pattern of torch names in the tower's directory that do not belong to the tower.
       dropped: pattern of torch names, below the tower's prefix, of parts that no layer of LLaVA reads; they are left
         out with a warning. "" for none.
+      modules: parts of torch names -> parts of the names that transformers 5 has for them in memory, and PEFT in an
+        adapter, where they differ from those of files; applied in order.
     """
 
     hidden_size: int
@@ -110,6 +112,7 @@ class VisionConfig:
     unused = ("post_layernorm/",)
     elsewhere = r"text_model\..*|(text|visual)_projection\.weight|logit_scale"
     dropped = ""
+    modules: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self):
         for name in ("image_mean", "image_std"):
@@ -133,6 +136,12 @@ class VisionConfig:
     def own_images(size: int) -> ImageSettings:
         """Returns the preprocessor's steps where no file states them, for an input of `size` x `size` pixels."""
         return ImageSettings()
+
+    def in_memory(self, torch: str) -> str:
+        """Returns the name in transformers 5's memory of a tensor's torch name below the tower's prefix."""
+        for old, new in self.modules.items():
+            torch = torch.replace(old, new)
+        return torch
 
     def plain(self) -> "VisionConfig":
         """Returns this tower with the image settings of its kind, for directories whose files state none."""

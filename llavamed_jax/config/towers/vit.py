@@ -2,7 +2,7 @@
 
 It differs from CLIP's in what follows: it has no norm before the layers, its patches have a bias, and its activation is
 the exact GELU. The torch names are those of transformers' ViTModel; `checkpoints/open_clip.py` maps timm's names in
-open_clip's files to them.
+open_clip's files to them. Those are the names of files; since transformers 5 its modules have others (`modules`).
 
 Source: transformers' ViTModel; of BiomedCLIP, its open_clip_config.json, timm's `vit_base_patch16_224`, and spec 1.3.
 """
@@ -67,6 +67,10 @@ class VitConfig(VisionConfig):
     unused = ("layernorm/",)
     elsewhere = r"classifier\..*"
     dropped = r"pooler\..*"
+    modules = {"encoder.layer.": "layers.", "attention.attention.query.": "attention.q_proj.",
+               "attention.attention.key.": "attention.k_proj.", "attention.attention.value.": "attention.v_proj.",
+               "attention.output.dense.": "attention.o_proj.", "intermediate.dense.": "mlp.fc1.",
+               "output.dense.": "mlp.fc2."}
 
     @classmethod
     def from_hf(cls, config) -> VisionConfig:
