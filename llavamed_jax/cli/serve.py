@@ -27,6 +27,7 @@ _NAMES = {int: "N", float: "SECONDS"}
 _MEANINGS = {
     "max_body_bytes": "most bytes of a request", "max_image_bytes": "most bytes of an image, decoded or fetched",
     "max_image_pixels": "most pixels of an image", "max_images": "most images of a request",
+    "max_request_pixels": "most pixels of a request's images together",
     "max_prompt_tokens": "most positions of a prompt, with images", "max_new_tokens": "most tokens of an answer",
     "max_requests": "most requests that are read, queued or answered", "max_queue": "most requests that wait for a row",
     "max_connections": "most open connections", "key_share": "rows and queue for one key while another one waits",
@@ -52,6 +53,9 @@ def _parser() -> common.Parser:
     parser.add_argument("--api_keys", metavar="FILE", help="a file of keys, one a line: KEY, or NAME KEY")
     parser.add_argument("--allow_remote_images", default="", metavar="NAME[,NAME]",
                         help="hosts from which images may be fetched (default: none)")
+    parser.add_argument("--allowed_hosts", default="", metavar="NAME[,NAME]",
+                        help="names, beside the loopback's, by which clients may reach the server; any if it listens "
+                             "elsewhere or needs a key, else none")
     parser.add_argument("--log_content", action="store_true", help="write questions and answers to the log too")
     parser.add_argument("--no_page", action="store_true", help="serve the API without the page at /")
     parser.add_argument("--feedback", metavar="FILE",
@@ -78,15 +82,17 @@ def program(argv: Sequence[str]) -> int:
     page = _page(args)
     from llavamed_jax import __version__
     from llavamed_jax.serving import app, server
+    from llavamed_jax.serving.hosts import is_loopback
     from llavamed_jax.serving.log import Log
     from llavamed_jax.serving.service import Service
 
-    if args.host not in ("127.0.0.1", "::1", "localhost") and not keys:
+    hosts = _hosts(args, keys)
+    if not is_loopback(args.host) and not keys:
         warn(f"--host is {args.host} and no key is needed: whoever reaches this machine may use the model")
     listener = server.listen(args.host, args.port)
     names = _listed(args.served_model_name) or [Path(args.adapter or args.checkpoint).name or args.checkpoint]
     service = Service(names, limits, keys, _listed(args.allow_remote_images),
-                      Log(args.log_content), __version__, [args.checkpoint])
+                      Log(args.log_content), __version__, [args.checkpoint], hosts)
     signals.enter(signals.Phase("stopped before every answer was complete", grace=limits.drain_timeout + 20))
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"serving {names[0]} at http://{host}:{listener.getsockname()[1]}: "
@@ -184,6 +190,14 @@ def _keys(args: argparse.Namespace) -> dict[str, str]:
         if not keys:
             raise UserError(f"--api_keys {short(args.api_keys)} holds no key; at least one was expected")
     return keys
+
+
+def _hosts(args: argparse.Namespace, keys: dict[str, str]):
+    """Returns the names by which the server may be asked; None for any. Raises UsageError for what is no name."""
+    from llavamed_jax.serving.hosts import Hosts, is_loopback
+
+    named = _listed(args.allowed_hosts)
+    return Hosts(named) if named or is_loopback(args.host) and not keys else None
 
 
 def _listed(text: str) -> list[str]:

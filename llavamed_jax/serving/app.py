@@ -17,7 +17,7 @@ from llavamed_jax.serving.http_io import (
     ClientGone,
     EventStream,
     HeaderLimit,
-    check_origin,
+    check_asked,
     read_json,
     request_id,
     unless_gone,
@@ -37,7 +37,7 @@ def create(service: Service, page: Callable[[FastAPI, Service], FastAPI] | None 
     """
     # No pages of documentation: theirs load scripts from another machine.
     app = FastAPI(title="llavamed-jax", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False,
-                  dependencies=[Depends(_same_origin)])
+                  dependencies=[Depends(_own_name)])
     app.add_middleware(HeaderLimit)
     app.state.service = service
     _add_errors(app, service)
@@ -47,8 +47,8 @@ def create(service: Service, page: Callable[[FastAPI, Service], FastAPI] | None 
     return app if page is None else page(app, service)
 
 
-async def _same_origin(request: Request) -> None:
-    check_origin(request.headers)
+async def _own_name(request: Request) -> None:
+    check_asked(request.headers, request.app.state.service.hosts)
 
 
 def _add_state(app: FastAPI, service: Service) -> None:

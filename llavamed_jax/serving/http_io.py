@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from llavamed_jax.errors import short
 from llavamed_jax.serving.errors import ApiError, invalid
+from llavamed_jax.serving.hosts import Hosts
 from llavamed_jax.serving.limits import MIB, Limits
 
 HEADER_BYTES = 32768  # of a request's line and headers together
@@ -44,6 +45,13 @@ class HeaderLimit:
                 await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def check_asked(headers: Headers, hosts: Hosts | None) -> None:
+    """Raises ApiError 421 for a name that is none of the server's, and 403 as `check_origin`."""
+    if hosts is not None:
+        hosts.check(headers)
+    check_origin(headers)
 
 
 def check_origin(headers: Headers) -> None:

@@ -67,6 +67,18 @@ def too_many_bytes(where: str, limits: Limits):
                    code="image_too_large")
 
 
+def pixels_of(data: bytes, where: str, limits: Limits) -> int:
+    """Returns the number of pixels of an image, by its header. Raises ApiError as `decode`."""
+    try:
+        width, height = _size(data, where)
+    except UserError as error:
+        raise invalid(f"{where}: {error}", code="invalid_image") from None
+    if not 0 < width * height <= limits.max_image_pixels:
+        raise invalid(f"{where} has {width} x {height} pixels; at most {limits.max_image_pixels} were expected",
+                      code="image_too_large")
+    return width * height
+
+
 def decode(data: bytes, where: str, limits: Limits) -> Image.Image:
     """Decodes an image, after its header has shown that its size is within the limit.
 
@@ -81,11 +93,8 @@ def decode(data: bytes, where: str, limits: Limits) -> Image.Image:
     Raises:
       ApiError: the bytes are no image, are damaged, or have too many pixels.
     """
+    pixels_of(data, where, limits)
     try:
-        width, height = _size(data, where)
-        if not 0 < width * height <= limits.max_image_pixels:
-            raise invalid(f"{where} has {width} x {height} pixels; at most {limits.max_image_pixels} were expected",
-                          code="image_too_large")
         return load_image(data)
     except UserError as error:
         raise invalid(f"{where}: {error}", code="invalid_image") from None

@@ -16,6 +16,7 @@ class Limits:
       max_image_bytes: of one image, decoded from base64 or fetched.
       max_image_pixels: of one image, read from its header before it is decoded.
       max_images: of one request.
+      max_request_pixels: of all images of one request together, before they are decoded.
       max_prompt_tokens: positions of a prompt, images included; None is what the model takes.
       max_new_tokens: of one answer; None is what fits behind the prompt.
       max_requests: requests that are read, prepared, queued or answered at once.
@@ -34,6 +35,7 @@ class Limits:
     max_image_bytes: int = 16 * MIB
     max_image_pixels: int = 50_000_000
     max_images: int = 8
+    max_request_pixels: int = 100_000_000
     max_prompt_tokens: int | None = None
     max_new_tokens: int | None = None
     max_requests: int = 256

@@ -71,7 +71,7 @@ def mounting(feedback: Feedback | None = None) -> Callable[[FastAPI, Service], F
                                 enable_monitoring=False, max_file_size=service.limits.max_image_bytes,
                                 css_paths=[_HERE / "page.css"], theme=_theme(gradio), show_error=False)
         mounted = app.router.routes[-1]
-        mounted.app = Door(mounted.app, service.limits, keys, folder)
+        mounted.app = Door(mounted.app, service.limits, keys, folder, service.hosts)
         return app
 
     return mount

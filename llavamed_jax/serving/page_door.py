@@ -17,7 +17,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 
 from llavamed_jax.serving.errors import ApiError, try_again
-from llavamed_jax.serving.http_io import check_origin
+from llavamed_jax.serving.hosts import Hosts
+from llavamed_jax.serving.http_io import check_asked
 from llavamed_jax.serving.limits import MIB, Limits
 from llavamed_jax.serving.page_keys import PATH, Keys
 
@@ -43,14 +44,17 @@ class Door:
       limits: the server's limits.
       keys: who may come in.
       folder: where Gradio keeps uploads.
+      hosts: the names under which the server may be asked; None for any.
     """
 
-    def __init__(self, app: Callable[..., Awaitable], limits: Limits, keys: Keys, folder: str):
+    def __init__(self, app: Callable[..., Awaitable], limits: Limits, keys: Keys, folder: str,
+                 hosts: Hosts | None = None):
         self._app, self._limits, self._keys, self._uploads = app, limits, keys, Uploads(folder)
+        self._hosts = hosts
         self._open = 0
 
     async def __call__(self, scope, receive, send) -> None:
-        """Passes a request on, or raises: 404 for other routes, 403 for a foreign page, 401, 411, 413, 503, 507."""
+        """Passes a request on, or raises 404 (other routes), 403, 421 (another site), 401, 411, 413, 503 or 507."""
         most = max(1, self._limits.max_connections // 2)
         if self._open >= most:  # the page's streams have no end, and the API needs connections too
             raise try_again(503, f"{most} requests to the page are open; try again later", 1, "too_many_connections")
@@ -67,7 +71,7 @@ class Door:
         path = "/" + path.removeprefix(scope.get("root_path", "")).lstrip("/")
         if not _PATHS.fullmatch(path) and path != PATH:
             raise HTTPException(404)
-        check_origin(headers)
+        check_asked(headers, self._hosts)
         if path == PATH or self._keys.name(headers) is None:
             await (await self._at_the_door(path, scope, receive, headers))(scope, receive, _with_headers(send))
             return

@@ -25,6 +25,7 @@ from llavamed_jax.generation.requests import PromptTooLong
 from llavamed_jax.serving import images, remote
 from llavamed_jax.serving.content import ImageUrl, Message, images_of
 from llavamed_jax.serving.errors import ApiError, invalid, try_again
+from llavamed_jax.serving.hosts import Hosts
 from llavamed_jax.serving.limits import DEFAULTS, Limits
 from llavamed_jax.serving.log import Log
 from llavamed_jax.serving.metrics import Metrics
@@ -164,11 +165,13 @@ class Service:
       remote_hosts: hosts from which images may be fetched.
       log: the structured log.
       version: of the program.
+      hosts: the names under which it may be asked; None for any.
     """
 
     def __init__(self, names: Sequence[str], limits: Limits = DEFAULTS, keys: Mapping[str, str] | None = None,
                  remote_hosts: Sequence[str] = (), log: Log | None = None, version: str = "",
-                 aliases: Sequence[str] = ()):
+                 aliases: Sequence[str] = (), hosts: Hosts | None = None):
+        self.hosts = hosts
         self.names, self.limits, self.keys, self.version = list(names), limits, dict(keys or {}), version
         self._aliases = set(aliases)
         self.log, self.metrics, self.loading = log or Log(), Metrics(), Loading()
@@ -343,10 +346,18 @@ class Service:
             raise invalid(f"the messages have {found} characters; at most {most} were expected; this model's maximum "
                           f"context length is {self.most_prompt} tokens", "messages", "context_length_exceeded")
 
-    def _pixels(self, data: str | bytes, where: str) -> np.ndarray:
-        """Makes the model's image of an encoded one, uint8 [H,W,3]; the whole image is in memory only meanwhile."""
-        data = images.data_of(data, where, self.limits) if isinstance(data, str) else data
-        return self.model.processor.images_uint8([images.decode(data, where, self.limits)])[0]
+    def _pixels(self, encoded: Sequence[str | bytes]) -> list[np.ndarray]:
+        """Makes the model's images of encoded ones, uint8 [H,W,3]; one whole image is in memory at a time."""
+        made, total, most = [], 0, self.limits.max_request_pixels
+        for i, data in enumerate(encoded, 1):
+            where = f"image {i}"
+            data = images.data_of(data, where, self.limits) if isinstance(data, str) else data
+            total += images.pixels_of(data, where, self.limits)
+            if total > most:
+                raise invalid(f"the images of the request have {total} pixels together up to {where}; at most {most} "
+                              "were expected", "messages", "image_too_large")
+            made += self.model.processor.images_uint8([images.decode(data, where, self.limits)])
+        return made
 
     def _request(self, messages: Sequence[Message], settings: Settings, encoded: Sequence[str | bytes]):
         """Makes the engine's request, with images from `data:` URLs or bytes, and the text of its answer."""
@@ -356,7 +367,7 @@ class Service:
             for part in message.parts]} for message in messages]
         s, most = settings, self.limits.max_prompt_tokens
         try:
-            pixels = [self._pixels(data, f"image {i}") for i, data in enumerate(encoded, 1)]
+            pixels = self._pixels(encoded)
             request = self.model.request(plain, s.max_new_tokens, s.temperature, s.top_p or _LEAST_TOP_P, s.top_k,
                                          s.seed, logprobs=s.alternatives is not None, pixels=pixels)
             if most is not None and len(request.ids) > most:
