@@ -10,14 +10,15 @@ Source: PEFT's `get_peft_model_state_dict`; `llava/train/train.py` and `llava/mo
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from llavamed_jax.adapters import peft_config
+from llavamed_jax.adapters import peft_config, tables
 from llavamed_jax.adapters.peft_config import PeftConfig
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
@@ -60,20 +61,20 @@ def apply(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
     if checkpoint.config.adapter is not None:
         raise UserError(f"{checkpoint.directory} has an adapter already, so {directory} cannot be added; a model "
                         "without an adapter was expected")
-    adapter = read(directory, checkpoint.config)
+    adapter = read(directory, checkpoint)
     config = checkpoint.config.replace(adapter=adapter.config)
     changed = frozenset(without_factors(adapter.tensors))
     return checkpoint.replace(config=config, tensors={**checkpoint.tensors, **adapter.tensors}, changed=changed,
                               adapter_directory=directory)
 
 
-def read(directory: Path, model: LlavaConfig) -> Adapter:
-    """Reads the adapter of a directory for a model.
+def read(directory: Path, checkpoint: Checkpoint) -> Adapter:
+    """Reads the adapter of a directory for a base. Its tables over the vocabulary get the base's number of rows.
 
     Raises:
       UserError: as `apply`.
     """
-    settings = peft_config.read(directory)
+    settings, model = peft_config.read(directory), checkpoint.config
     file = next((directory / name for name in ADAPTER_WEIGHTS if (directory / name).is_file()), None)
     if file is None:
         raise UserError(f"{directory} holds no {' or '.join(ADAPTER_WEIGHTS)}; the weights of an adapter were expected")
@@ -94,10 +95,13 @@ def read(directory: Path, model: LlavaConfig) -> Adapter:
             whole[f"{saved[1]}.{saved[2]}" if saved else name.replace(".base_layer.", ".")] = tensor
     if not factors:
         raise UserError(f"{file} holds no tensors named …lora_A.weight; the factors of LoRA were expected")
-    tensors = _whole(file, specs, canonical, whole)
+    check_rows = functools.partial(tables.check_rows, checkpoint=checkpoint, adapter=directory)
+    tensors = _whole(file, specs, canonical, whole, check_rows)
     if (directory / ADAPTER_OTHERS).is_file():
         others = directory / ADAPTER_OTHERS
-        tensors |= _whole(others, specs, canonical, _stripped(read_file(others)))
+        tensors |= _whole(others, specs, canonical, _stripped(read_file(others)), check_rows)
+    tensors = {name: tables.fitted(name, tensor, checkpoint.tensors[name]) if name in checkpoint.tensors else tensor
+               for name, tensor in tensors.items()}
     unknown = sorted(module for module in factors if module not in modules)
     if unknown:
         raise UserError(f"{file} has factors of {some(unknown, 3)}, which this model does not have; an adapter of this "
@@ -105,6 +109,9 @@ def read(directory: Path, model: LlavaConfig) -> Adapter:
     rules: dict[str, AdapterRule] = {}
     for module, pair in factors.items():
         name = modules[module]
+        if name == tables.HEAD and len(shape := pair["B"].shape) == 2:
+            check_rows(f"{file}: lora_B of {module}", shape[0])
+            pair = {**pair, "B": tables.fitted_factor(pair["B"], model.decoder.vocab_size, 0)}
         rank = _check_factors(file, settings, module, pair, specs[name + KERNEL].shape)
         rules[name] = AdapterRule(name, rank, settings.alpha_of(module))
         tensors[name + FACTOR_A], tensors[name + FACTOR_B] = turned(pair["A"]), turned(pair["B"])
@@ -155,19 +162,23 @@ def _stripped(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _whole(file: Path, specs: Mapping[str, names.Spec], canonical: Mapping[str, str],
-           found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns whole tensors by canonical name."""
+def _whole(file: Path, specs: Mapping[str, names.Spec], canonical: Mapping[str, str], found: Mapping[str, Tensor],
+           check_rows: Callable[[str, int], None]) -> dict[str, Tensor]:
+    """Returns whole tensors by canonical name; tables over the vocabulary with the rows that `check_rows` lets pass."""
     out = {}
     for key, tensor in found.items():
         name = canonical.get(key)
         if name is None:
             raise UserError(f"{file} holds {key[:120]!r}, which is neither a factor of LoRA nor a tensor of this "
                             "model; plain LoRA of this model was expected")
-        shape = names.torch_shape(name, specs[name].shape)
+        axis, own = tables.AXES.get(name), specs[name].shape
+        if axis is not None and len(tensor.shape) == len(own):
+            check_rows(f"{file}: {key}", tensor.shape[0])
+            own = own[:axis] + tensor.shape[:1] + own[axis + 1:]
+        shape = names.torch_shape(name, own)
         if tensor.shape != shape:
             raise UserError(f"{file} has {key} {list(tensor.shape)}; {list(shape)}, as this model has, was expected")
-        out[name] = from_torch(name, tensor, specs[name].shape)
+        out[name] = from_torch(name, tensor, own)
     return out
 
 

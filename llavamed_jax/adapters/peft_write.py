@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from llavamed_jax.adapters import peft
+from llavamed_jax.adapters import peft, tables
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.export.directory import padded_vocabulary
+from llavamed_jax.checkpoints.export.tokenizer import ids_in_transformers
 from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG, ADAPTER_OTHERS
 from llavamed_jax.checkpoints.torch.layout import to_torch
 from llavamed_jax.checkpoints.torch.write import total_bytes, write_bin, write_safetensors
@@ -43,14 +45,16 @@ def write(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers",
       The names of the tensors that were written.
 
     Raises:
-      UserError: the checkpoint has no adapter; the layout has no names for its modules; torch is not installed, which
-        `non_lora_trainables.bin` needs.
+      UserError: the checkpoint has no adapter; the layout has no names for its modules; its tokenizer does not fit its
+        table; torch is not installed, which `non_lora_trainables.bin` needs.
     """
     adapter = checkpoint.config.adapter
     if adapter is None:
         raise UserError(f"{checkpoint.directory} has no adapter; an adapter, or a run that trains one, was expected")
     spelled = {name: _spelling(spellings[0], layout, checkpoint.config)
                for name, spellings in names.torch_names(checkpoint.config, layout).items()}
+    if layout == "transformers":
+        checkpoint = _as_in_an_export(checkpoint)
     modules = sorted(name.removesuffix(FACTOR_A) for name in checkpoint.tensors if name.endswith(FACTOR_A))
     homeless = [module for module in modules if module + KERNEL not in spelled]
     if homeless:
@@ -75,6 +79,23 @@ def write(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers",
             write_bin(folder / ADAPTER_OTHERS, others)
         write_json(folder / ADAPTER_CONFIG, _config(adapter, torch_modules, parts, _base(checkpoint, base)))
     return [*tensors, *others]
+
+
+def _as_in_an_export(checkpoint: Checkpoint) -> Checkpoint:
+    """Returns the checkpoint with as many rows of the vocabulary as its base has in transformers' layout.
+
+    Raises:
+      UserError: the tokenizer belongs to another model than the table.
+    """
+    cfg, factor = checkpoint.config, f"{tables.HEAD}{FACTOR_B}"
+    has_rows = factor in checkpoint.tensors or checkpoint.changed & tables.AXES.keys()
+    if cfg.image_token_id is not None or not has_rows:
+        return checkpoint
+    rows = cfg.rows_in_transformers(ids_in_transformers(cfg.decoder.vocab_size, checkpoint.files))
+    longer = padded_vocabulary(checkpoint, rows)
+    if factor in checkpoint.tensors:
+        longer[factor] = tables.fitted_factor(checkpoint.tensors[factor], rows, 1)
+    return checkpoint.replace(tensors={**checkpoint.tensors, **longer})
 
 
 def _spelling(name: str, layout: str, cfg: LlavaConfig) -> str:

@@ -62,7 +62,7 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
     if layout == "transformers" and cfg.image_token_id is None:
         ids = ids_in_transformers(cfg.decoder.vocab_size, checkpoint.files)
         config = llava_to_hf(cfg, layout, ids)
-        padded = _padded_vocabulary(checkpoint, cfg.rows_in_transformers(ids))
+        padded = padded_vocabulary(checkpoint, cfg.rows_in_transformers(ids))
         checkpoint = checkpoint.replace(tensors={**checkpoint.tensors, **padded})
     size = total_bytes(_in_torch(checkpoint, spelled, rounding) if rounding else checkpoint.tensors)
     with new_directory(out, size, checkpoint.sources) as temporary:
@@ -113,7 +113,7 @@ def _in_torch(checkpoint: Checkpoint, spelled: Mapping[str, str],
     return out
 
 
-def _padded_vocabulary(checkpoint: Checkpoint, rows: int) -> dict[str, Tensor]:
+def padded_vocabulary(checkpoint: Checkpoint, rows: int) -> dict[str, Tensor]:
     """Returns the tables over the vocabulary with transformers' extra rows, each the mean of the others."""
     added = rows - checkpoint.config.decoder.vocab_size
 
