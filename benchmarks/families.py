@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -53,25 +54,58 @@ DECODERS = {
                 "Qwen2.5, a window above the layers"],
     "Qwen3": ["Qwen3, heads wider than the model", "Qwen3, small activations", "Qwen3, small queries and keys",
               "Qwen3, tied, biased, narrow heads", "Qwen3 at 1,200 positions"],
+    "OLMo-2": ["OLMo-2", "OLMo-2, small activations", "OLMo-2, small queries and keys", "OLMo-2, tied, biased, equal heads"],
 }
 TOWERS = {"SigLIP, SigLIP 2": "siglip", "ViT (BiomedCLIP)": "vit"}
-# Templates that write with the same special tokens: each also stands in for the others, as a mutant.
-TEMPLATES = [("hf:chatml", "hf:qwen", "hf:qwen3", "up:qwen_1_5"), ("hf:llama3", "hf:llama3.1")]
+# Templates that write with special tokens of each other's tokenizers: each also stands in for the others, as a mutant.
+TEMPLATES = [("hf:chatml", "hf:qwen", "hf:qwen3", "up:qwen_1_5", "hf:olmo2"), ("hf:llama3", "hf:llama3.1")]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=local, default=OUT)
+    parser.add_argument("--only", action="append", metavar="FAMILY", choices=[*families()], help="this family alone, or `templates`; others "
+                        "keep the rows that they have in OUT")
     args = parser.parse_args()
-    rows = [row for rows in (decoders(), vision_towers(), templates()) for row in rows]
+    rows = list(chosen(args.only))
     wrong = [f"{row['family']}, {row['what']}: {problem}" for row in rows for problem in problems(row)]
     for sentence in wrong:
         print(f"error: {sentence}", file=sys.stderr)
     if wrong:
         return 1
-    args.out.write_text(json.dumps({**circumstances(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    found = {**circumstances(), "rows": rows}
+    if args.only:
+        found = joined(json.loads(args.out.read_text(encoding="utf-8")), found, args.only)
+    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"written to {args.out}")
     return 0
+
+
+def families() -> dict[str, Callable[[], Iterator[dict]]]:
+    """What measures the rows of each family, in the order of the table."""
+    return {**{name: functools.partial(decoder, name) for name in DECODERS}, **{name: functools.partial(vision_tower, name) for name in TOWERS},
+            "templates": templates}
+
+
+def chosen(only: list[str] | None) -> Iterator[dict]:
+    for name, measure in families().items():
+        if only is None or name in only:
+            yield from measure()
+
+
+def joined(before: dict, now: dict, only: list[str]) -> dict:
+    """The file of before with the rows of now in their places, in the order of the table, and when these were measured.
+
+    Raises SystemExit if the rows would be of other versions of packages.
+    """
+    if before["versions"] != now["versions"]:
+        raise SystemExit(f"error: the file's rows are of {before['versions']}, and these are of {now['versions']}; all families have to be "
+                         "measured")
+    rows = {(row["family"], row["what"]): row for row in (*before["rows"], *now["rows"])}
+    order = [*DECODERS, *TOWERS, *itertools.chain(*TEMPLATES)]
+    later = {name: {"commit": now["commit"], "date": now["date"]} for name in only}
+    return {**before, "later": {**before.get("later", {}), **later},
+            "rows": sorted(rows.values(), key=lambda row: order.index(row["family"]))}
 
 
 def problems(row: dict) -> Iterator[str]:
@@ -120,12 +154,12 @@ def holding_gradients(model: torch.nn.Module) -> torch.nn.Module:
 # ---- decoders
 
 
-def decoders() -> Iterator[dict]:
-    for family, cases in DECODERS.items():
-        mutants = {title: with_change(change_code, logits_apart, case, change_cfg)
-                   for title, case, change_cfg, change_code in test_parity.MUTANTS if case in cases}
-        yield result(family, "logits", max(map(logits_apart, cases)), mutants=mutants)
-        yield result(family, "gradient", gradient_of_decoder(**test_parity.CASES[cases[0]].model), ALLOWED_GRADIENT)
+def decoder(family: str) -> Iterator[dict]:
+    cases = DECODERS[family]
+    mutants = {title: with_change(change_code, logits_apart, case, change_cfg)
+               for title, case, change_cfg, change_code in test_parity.MUTANTS if case in cases}
+    yield result(family, "logits", max(map(logits_apart, cases)), mutants=mutants)
+    yield result(family, "gradient", gradient_of_decoder(**test_parity.CASES[cases[0]].model), ALLOWED_GRADIENT)
 
 
 def logits_apart(name: str, change_cfg: Callable | None = None) -> float:
@@ -152,22 +186,21 @@ def gradient_of_decoder(**settings) -> float:
 # ---- towers
 
 
-def vision_towers() -> Iterator[dict]:
-    for family, kind in TOWERS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            root, images = Path(folder), hf.images(2)
-            model, checkpoint = towers.built(kind, root)
-            states = towers.hidden_states(model, images)
-            mutants = {title: with_change(change_code, features_apart, checkpoint, layer, images, states[layer], change_cfg)
-                       for title, layer, change_cfg, change_code in test_towers.MUTANTS}
-            mutants["feature layer -2 -> -1"] = features_apart(checkpoint, -1, images, states[-2])
-            mutants |= normalised_otherwise(checkpoint, model)
-            if checkpoint.config.vision.class_tokens:
-                patches = states[-2][:, 1:]
-                mutants["the class token in place of the last patch"] = float(
-                    np.abs(states[-2][:, :-1] - patches).max() / np.abs(patches).max())
-            yield result(family, "features", max(features_apart(checkpoint, layer, images, states[layer]) for layer in (-1, -2, -3)), mutants=mutants)
-            yield result(family, "gradient", gradient_of_tower(model, checkpoint, root, images), ALLOWED_GRADIENT)
+def vision_tower(family: str) -> Iterator[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        root, images = Path(folder), hf.images(2)
+        model, checkpoint = towers.built(TOWERS[family], root)
+        states = towers.hidden_states(model, images)
+        mutants = {title: with_change(change_code, features_apart, checkpoint, layer, images, states[layer], change_cfg)
+                   for title, layer, change_cfg, change_code in test_towers.MUTANTS}
+        mutants["feature layer -2 -> -1"] = features_apart(checkpoint, -1, images, states[-2])
+        mutants |= normalised_otherwise(checkpoint, model)
+        if checkpoint.config.vision.class_tokens:
+            patches = states[-2][:, 1:]
+            mutants["the class token in place of the last patch"] = float(
+                np.abs(states[-2][:, :-1] - patches).max() / np.abs(patches).max())
+        yield result(family, "features", max(features_apart(checkpoint, layer, images, states[layer]) for layer in (-1, -2, -3)), mutants=mutants)
+        yield result(family, "gradient", gradient_of_tower(model, checkpoint, root, images), ALLOWED_GRADIENT)
 
 
 def features_apart(checkpoint, layer: int, images, wanted, change_cfg: Callable | None = None) -> float:

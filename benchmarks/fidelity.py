@@ -210,9 +210,10 @@ def families() -> list[str]:
         return []
     data = json.loads(FAMILIES.read_text(encoding="utf-8"))
     versions = ", ".join(f"{package} {data['versions'][package]}" for package in ("jax", "flax", "torch", "transformers"))
+    later = "".join(f"; {name}: {each['date'][:10]}, commit {each['commit']}" for name, each in data.get("later", {}).items())
     lines = [TABLES.rstrip("\n"), "",
              f"`python benchmarks/families.py`: tiny shapes with random weights, float32, beside transformers' own modules, and ids of "
-             f"prompts beside the models' own chat templates. {data['date'][:10]}, commit {data['commit']}, {versions}.", "",
+             f"prompts beside the models' own chat templates. {data['date'][:10]}, commit {data['commit']}, {versions}{later}.", "",
              "A difference of logits, features or gradients is divided by the largest magnitude of the same array; that of the gradient "
              "is the worst of all parameters. For prompts it is the share of prompts whose ids differ. A mutant is this project's code "
              "with one mistake in it. Each has to differ by at least twice what is allowed.", "",

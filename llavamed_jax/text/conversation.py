@@ -60,7 +60,7 @@ def _pieces(template: Template, turns: Sequence[str | None]) -> list[str]:
         raise UserError(f"the template {template.name} {FIRST_MESSAGE}")
     if style.is_trimmed:
         words["system"] = words["system"].strip()
-    out = ["" if template.system is None else style.head.format(**words)]
+    out = [style.begin + ("" if template.system is None else style.head.format(**words))]
     for i, turn in enumerate(turns):
         is_written = turn is not None if style.writes_empty else bool(turn)
         is_last = i == len(turns) - 1

@@ -21,6 +21,7 @@ class Style:
       labels: the procedure that finds the supervised tokens: v0, v1, llama_2 or plain, which are the originals'
         (`preprocess_v1` and others in `llava/train/train.py`), or exact, which supervises the text of each answer and
         the token `{end}`.
+      begin: the text before everything else, where the tokenizer puts no beginning-of-sequence token.
       head: the text before the turns; not written where the system text is None.
       question: a turn of the user.
       answer: a turn of the assistant.
@@ -58,6 +59,7 @@ class Style:
     is_trimmed: bool = False
     thought_end: str | None = None
     tokens: tuple[str, ...] = ()
+    begin: str = ""
 
     def first_question(self, has_system: bool) -> str:
         """Returns the piece of the first question."""
@@ -114,4 +116,11 @@ STYLES = {
     # With the day that the template itself names where none is given.
     "LLAMA_3_1": replace(
         _LLAMA_3, head=_SYSTEM + "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n{system}{sep}"),
+    # Its headers are no tokens of their own. The template writes the beginning of the sequence, which is the token that
+    # ends an answer too, and the tokenizer none.
+    "OLMO_2": Style(
+        "exact", begin="<|endoftext|>", head="<|system|>\n{system}{sep}", question="{user}\n{text}{sep}",
+        answer="{assistant}\n{text}{end}\n", last_answer="{assistant}\n{text}{end}", empty_answer="{assistant}\n",
+        writes_empty=True, tokens=("<|endoftext|>",),
+    ),
 }

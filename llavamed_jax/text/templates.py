@@ -4,9 +4,9 @@ A template is a row of `TEMPLATES`, named `ORIGIN:NAME`: `v1.0` for the code of 
 for upstream LLaVA's (each has them in `llava/conversation.py`), and `hf` for the chat templates that language models
 are released with on the Hugging Face hub: SmolLM2-Instruct (`chatml`), ChatML without a system text of its own, as
 Yi-Chat and Qwen3-Instruct-2507 have it (`chatml_no_system`), Llama 3 Instruct, Llama 3.1 and 3.2 Instruct,
-Qwen2.5-Instruct (`qwen`) and Qwen3. The same name may stand for different texts in different origins. Templates with a
-long example or another project's safety prompt (v1.0's inference template `v1`, `default`, `llama_2`) and those that no
-LLaVA-Med uses (`mpt`, the `mmtag` and `direct` ones) are left out.
+Qwen2.5-Instruct (`qwen`), Qwen3, and OLMo-2-Instruct (`olmo2`). The same name may stand for different texts in
+different origins. Templates with a long example or another project's safety prompt (v1.0's inference template `v1`,
+`default`, `llama_2`) and those that no LLaVA-Med uses (`mpt`, the `mmtag` and `direct` ones) are left out.
 """
 
 from __future__ import annotations
@@ -167,10 +167,12 @@ _ROWS = [  # name, style, system, roles, sep, sep2, and the fields behind them
     ("hf:qwen3", "CHATML_NO_THINK", None, _CHAT, "<|im_end|>"),
     ("hf:llama3", "LLAMA_3", None, _CHAT, "<|eot_id|>"),
     ("hf:llama3.1", "LLAMA_3_1", "", _CHAT, "<|eot_id|>"),
+    ("hf:olmo2", "OLMO_2", None, ("<|user|>", "<|assistant|>"), "\n", "<|endoftext|>"),
 ]
 VICUNA = "up:vicuna_v1"  # Vicuna's, which needs no special tokens
 # The default of a decoder's architecture; another one takes `VICUNA`.
-_OF_ARCHITECTURES = {"mistral": "v1.5:mistral_instruct", "qwen2": "hf:qwen", "qwen3": "hf:qwen3"}
+_OF_ARCHITECTURES = {"mistral": "v1.5:mistral_instruct", "qwen2": "hf:qwen", "qwen3": "hf:qwen3",
+                     "olmo2": "hf:olmo2"}
 TEMPLATES = {row[0]: Template(*row) for row in _ROWS}
 # The originals' names for templates with another name here. v1.0 trains `--version v1` with vicuna_v1_1.
 _ALIASES = {"v1.0:v1": "v1.0:vicuna_v1_1", **{f"{origin}:{alias}": f"{origin}:{name}" for origin in ("v1.5", "up")
@@ -227,7 +229,7 @@ def language_template(decoder: DecoderConfig, has_token: Callable[[str], bool]) 
     """
     is_scaled = decoder.rope_scaling is not None and decoder.rope_scaling.rope_type == "llama3"
     names = {"llama": ("hf:llama3.1" if is_scaled else "hf:llama3", "hf:chatml_no_system"), "qwen3": ("hf:qwen3",),
-             "mistral": ("hf:chatml_no_system",),
+             "mistral": ("hf:chatml_no_system",), "olmo2": ("hf:olmo2",),
              # Qwen2, whose tokenizer has no such token, was released with upstream's system text.
              "qwen2": ("hf:qwen" if has_token("<tool_call>") else "up:qwen_1_5",)}.get(decoder.architecture, ())
     return next((name for name in names if all(map(has_token, TEMPLATES[name].form.tokens))), None)

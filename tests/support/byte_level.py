@@ -1,4 +1,4 @@
-"""Small byte-level BPE tokenizers whose files are those of SmolLM2, Llama 3, Qwen2, Qwen2.5 and Qwen3, and the chat templates of these models.
+"""Small byte-level BPE tokenizers whose files are those of SmolLM2, Llama 3, Qwen2, Qwen2.5, Qwen3 and OLMo-2, and the chat templates of these models.
 
 Pre-tokenizers, special tokens, post-processors and `tokenizer_config.json` are as released; the merges are learnt here from a few
 lines, so that a vocabulary has hundreds of pieces and not 150,000.
@@ -139,6 +139,11 @@ LLAMA31 = """\
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
+OLMO2 = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ '<|system|>\n' + message['content'] + '\n' }}{% elif "
+    "message['role'] == 'user' %}{{ '<|user|>\n' + message['content'] + '\n' }}{% elif message['role'] == 'assistant' %}{% if not loop.last "
+    "%}{{ '<|assistant|>\n'  + message['content'] + eos_token + '\n' }}{% else %}{{ '<|assistant|>\n'  + message['content'] + eos_token }}{% "
+    "endif %}{% endif %}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}")
 _SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 _QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|vision_start|>", "<|image_pad|>"]
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -156,7 +161,10 @@ KINDS = {
 KINDS["qwen3-2507"] = (QWEN3_2507, *KINDS["qwen3"][1:])
 KINDS["llama3.1"] = (LLAMA31, *KINDS["llama3"][1:])
 TEMPLATES = {"hf:chatml": "smollm2", "hf:qwen": "qwen2.5", "hf:qwen3": "qwen3", "hf:llama3": "llama3", "hf:llama3.1": "llama3.1",
-             "up:qwen_1_5": "qwen2", "hf:chatml_no_system": "qwen3-2507"}
+             "up:qwen_1_5": "qwen2", "hf:chatml_no_system": "qwen3-2507", "hf:olmo2": "olmo2"}
+# Its tokenizer splits digits by threes, as Llama 3's, and puts no beginning before a text: the template does.
+KINDS["olmo2"] = (OLMO2, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|endofprompt|>", "<|pad|>"], [], False,
+                  ("<|endoftext|>", "<|endoftext|>", "<|pad|>", "<|endoftext|>"), "GPT2Tokenizer")
 TEXT = """Is there a pneumothorax in the left lung? No, the left lung is clear. What modality is shown? A chest X-ray, PA view.
 user assistant system think Which organ is enlarged? The heart, by 12 mm. Cutting Knowledge Date: December 2023
 The image shows a CT of the abdomen in the axial plane, with contrast.  What is the size of the lesion? About 2.5 cm x 3.1 cm.
@@ -172,7 +180,7 @@ def _tokenizer(kind):
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
                                                            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
     else:
-        split = Regex(_SPLIT.replace("DIGITS", "{1,3}" if kind.startswith("llama3") else ""))
+        split = Regex(_SPLIT.replace("DIGITS", "{1,3}" if kind.startswith(("llama3", "olmo")) else ""))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(split, "isolated"),
                                                            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     if kind.startswith("qwen"):

@@ -29,7 +29,8 @@ TALKS = {
     "header words": ["user\nassistant\n", "assistant\n\nsystem"],
 }
 ANSWERS_END = {"hf:chatml": "<|im_end|>", "hf:qwen": "<|im_end|>", "hf:qwen3": "<|im_end|>", "hf:llama3": "<|eot_id|>",
-               "hf:llama3.1": "<|eot_id|>", "up:qwen_1_5": "<|im_end|>", "hf:chatml_no_system": "<|im_end|>"}
+               "hf:llama3.1": "<|eot_id|>", "up:qwen_1_5": "<|im_end|>", "hf:chatml_no_system": "<|im_end|>",
+               "hf:olmo2": "<|endoftext|>"}
 
 
 @pytest.fixture(scope="module", params=byte_level.TEMPLATES)
@@ -86,10 +87,10 @@ def labelled(tokenizer, texts, is_trimmed, thinks):
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, spans, at = encoded["input_ids"], encoded["offset_mapping"], 0
     wanted = [IGNORE] * len(ids)
-    headers = ["<|im_start|>assistant\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"]
+    ends = {"<|im_start|>assistant\n": "<|im_end|>", "<|start_header_id|>assistant<|end_header_id|>\n\n": "<|eot_id|>",
+            "<|assistant|>\n": "<|endoftext|>"}
     for n, answer in enumerate(texts[1::2]):
-        header = next(header for header in headers if header in text)
-        end = "<|im_end|>" if header is headers[0] else "<|eot_id|>"
+        header, end = next(pair for pair in ends.items() if pair[0] in text)
         at = text.index(header, text.index(texts[2 * n].strip() if is_trimmed else texts[2 * n], at)) + len(header)
         is_last = 2 * n + 2 == len(texts)
         if thinks and is_last:
@@ -153,7 +154,8 @@ def test_the_prompts_as_text():
     chatml = "<|im_start|>user\n<image>\nIs it?<|im_end|>\n<|im_start|>assistant\n"
     llama = header("user") + "<image>\nIs it?<|eot_id|>" + header("assistant")
     day = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-    wanted = {"chatml": f"<|im_start|>system\n{smol}<|im_end|>\n{chatml}", "qwen": f"<|im_start|>system\n{qwen}<|im_end|>\n{chatml}",
+    olmo = "<|endoftext|><|user|>\n<image>\nIs it?\n<|assistant|>\n"
+    wanted = {"olmo2": olmo, "chatml": f"<|im_start|>system\n{smol}<|im_end|>\n{chatml}", "qwen": f"<|im_start|>system\n{qwen}<|im_end|>\n{chatml}",
               "qwen3": chatml + "<think>\n\n</think>\n\n", "llama3": llama, "llama3.1": f"{header('system')}{day}<|eot_id|>{llama}"}
     for name, text in wanted.items():
         assert get_template(name).name == f"hf:{name}"
@@ -179,7 +181,7 @@ def test_qwen3s_answers_lose_their_reasoning_as_in_its_own_template(tmp_path):
 
 def test_a_tokenizer_without_the_templates_tokens_is_refused(pair, tmp_path):
     processor, _ = pair
-    other = "llama3" if "im_start" in processor.template.form.tokens[0] else "smollm2"
+    other = "smollm2" if "header" in processor.template.form.tokens[0] else "llama3"
     wrong = Processor.load(byte_level.save(tmp_path, other), processor.template_name, image_size=56)
     for use in (lambda: wrong.encode("Q"), lambda: wrong.training_example(conversation_of(["Q", "A"]))):
         with pytest.raises(UserError, match=f"the template {processor.template_name} is written with .*, and the tokenizer .*tokenizer.json "

@@ -1,8 +1,8 @@
 """Writes the conversation templates as Jinja, for the processors of exported models.
 
-No template begins with the beginning-of-sequence token: the tokenizer adds it, and llama.cpp and vLLM would add a
-second. Qwen3's has no `enable_thinking`: an empty think block always stands before the answer to generate. The pieces
-are those of `text.styles`, from which `text.conversation` makes this project's prompts; images are placed as
+A template begins with the beginning-of-sequence token only if the tokenizer adds none (OLMo-2's): llama.cpp and vLLM
+would add a second. Qwen3's has no `enable_thinking`: an empty think block always stands before the answer to generate.
+The pieces are those of `text.styles`, from which `text.conversation` makes this project's prompts; images are placed as
 `text.messages` places them. A test compares both renderings.
 """
 
@@ -74,7 +74,8 @@ def _body(template: Template) -> str:
     """Returns the turns' Jinja source, from the pieces of the template's style (`text.styles`)."""
     style, examples = template.form, template.examples
     head = _expression(style.head, template)
-    opening = [f'({head} if system is not none else "")' if template.system is None else head]
+    opening = [_literal(style.begin)] if style.begin else []
+    opening.append(f'({head} if system is not none else "")' if template.system is None else head)
     for i, text in enumerate(examples):
         piece = style.answer if i % 2 else style.question
         if i:
