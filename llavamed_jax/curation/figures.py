@@ -10,11 +10,12 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from llavamed_jax.curation import names
 from llavamed_jax.curation.bucket import licence_of, licences_of
+from llavamed_jax.curation.domain_answers import read_domains
 from llavamed_jax.curation.domains import domains_of
 from llavamed_jax.curation.extra import needed
 from llavamed_jax.curation.sources import SOURCES, Found, Refused, layout_of
@@ -36,6 +37,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(SOURCES)}; default: what DIR looks like")
     add("--licence", metavar="GROUPS", default="none", help="commercial, non-commercial, or both with a comma; none "
         "(the default) takes every licence")
+    add("--domains", metavar="FILE", help="JSON lines {pair_id, domain}, such as a model's answers, that replace the "
+        "domains of the caption's words")
     add("--without_images", action="store_true", help="writes the records of figures without their images too, and "
         "copies no images")
 
@@ -45,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
     source, licences = Path(args.source), licences_of(args.licence)
     if not source.is_dir():
         raise UsageError(f"--source is {short(args.source)}; a directory was expected")
+    domains = read_domains(Path(args.domains)) if args.domains else {}
     layout = args.layout or layout_of(source)
     if layout is None:
         raise UsageError(f"--source {source} holds no figures; XML files of articles, or one of the layouts "
@@ -53,12 +57,15 @@ def run(args: argparse.Namespace) -> None:
         needed("lxml.etree", "reads XML")
     signals.enter(signals.Phase(f"stopped by {{name}}; {args.out} was not written", raises=True, grace=20))
     with new_directory(args.out) as out:
-        writer = _Writer(out, licences, args.without_images)
+        writer = _Writer(out, licences, args.without_images, domains)
         for item in SOURCES[layout](source):
             signals.check()
             writer.add(item)
         writer.close()
     print(f"{args.out}: {writer.kept:,} figures of {source} ({layout})")
+    if args.domains:
+        print(f"  domains of {args.domains}: {writer.stated:,} of {len(domains):,} used; the other "
+              f"{writer.kept - writer.stated:,} figures have those of their caption's words")
     for line in writer.summary():
         print(f"  {line}")
     if not writer.kept:
@@ -72,16 +79,19 @@ class _Writer:
       out: the directory.
       licences: the licences to take; None takes all.
       is_text_only: whether images are not needed and not copied.
+      domains: pair_id -> domains that replace those of the words.
 
     Attributes:
       kept: number of records.
+      stated: number of records whose domains are those of `domains`.
     """
 
-    def __init__(self, out: Path, licences: Collection[str] | None, is_text_only: bool):
-        self._out, self._licences, self._is_text_only = out, licences, is_text_only
+    def __init__(self, out: Path, licences: Collection[str] | None, is_text_only: bool,
+                 domains: Mapping[str, dict[str, bool]]):
+        self._out, self._licences, self._is_text_only, self._domains = out, licences, is_text_only, domains
         self._names: set[str] = set()
         self._counts = {name: Counter() for name in ("dropped", "domain", "licence")}
-        self.kept = self._mentioned = 0
+        self.kept = self.stated = self._mentioned = 0
         (out / "images").mkdir()
         self._figures = open(out / "figures.jsonl", "w", encoding="utf-8", errors="backslashreplace")
         self._dropped = open(out / "dropped.jsonl", "w", encoding="utf-8", errors="backslashreplace")
@@ -105,12 +115,20 @@ class _Writer:
                   else "no image file" if item.image is None and not self._is_text_only
                   else "pair_id repeated" if pair_id in self._names
                   else "pair_id not usable" if not pair_id or not names.is_safe(pair_id) else None)
+        image, head = item.image, b""
+        if reason is None and image is not None:
+            try:
+                head = image[:16] if isinstance(image, bytes) else _head(image)
+            except OSError:
+                image, reason = None, None if self._is_text_only else "image file that cannot be read"
         if reason is not None:
             self._drop(name, reason)
             return
         self._names.add(pair_id)
-        record["domain"] = domains_of(record["fig_caption"])
-        record["image"] = self._image(item.image, pair_id)
+        stated = self._domains.get(pair_id, self._domains.get(name))
+        self.stated += stated is not None
+        record["domain"] = domains_of(record["fig_caption"]) if stated is None else stated
+        record["image"] = self._image(image, head, pair_id)
         self._figures.write(to_jsonl([record]))
         self.kept += 1
         self._mentioned += bool(record["in_text_mention"])
@@ -121,11 +139,10 @@ class _Writer:
         self._counts["dropped"][reason] += 1
         self._dropped.write(json.dumps({"figure": name, "reason": reason}, ensure_ascii=False) + "\n")
 
-    def _image(self, image: bytes | Path | None, pair_id: str) -> str:
+    def _image(self, image: bytes | Path | None, head: bytes, pair_id: str) -> str:
         """Writes or links the image; returns its name, `PAIR_ID` with the suffix of its format."""
         if image is None:
             return f"{pair_id}.jpg"
-        head = image[:16] if isinstance(image, bytes) else _head(image)
         given = "" if isinstance(image, bytes) else image.suffix.lower()
         name = pair_id + next((suffix for magic, suffix in _SUFFIXES if head.startswith(magic)), given or ".jpg")
         if self._is_text_only:
@@ -150,5 +167,8 @@ class _Writer:
 
 
 def _head(path: Path) -> bytes:
+    """Returns the first bytes of a file. Raises OSError if it cannot be read, or is no file."""
+    if not path.is_file():  # a pipe would wait for a writer
+        raise OSError
     with open(path, "rb") as file:
         return file.read(16)

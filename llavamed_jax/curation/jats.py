@@ -9,8 +9,9 @@ their own.
 
 from __future__ import annotations
 
+import bisect
 import re
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,11 +19,13 @@ from llavamed_jax.curation import mentions
 from llavamed_jax.curation.jats_licence import licence_of_article, licence_of_figure, strictest
 from llavamed_jax.curation.prose import Text, local, sentences, text_of
 from llavamed_jax.curation.xml_bounds import parse
+from llavamed_jax.utils import signals
 
 _HREF = "{http://www.w3.org/1999/xlink}href"
 _LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 _GROUPS = ("fig-group", "figgrp")
 _ARTICLES = ("article", "sub-article", "response")
+_MOST_ALIKE = 200  # figures with one number or one id
 _NO_TEXT = ("caption", "ref-list", "table-wrap", "front", "front-stub", "fig", "fig-group", "supplementary-material",
             "floats-group", "floats-wrap", "journal-meta", "boxed-text/caption")
 
@@ -112,7 +115,7 @@ def _figures(scope, number: int) -> list[Figure]:
     own = _child(scope, "front-stub", "permissions")
     own = own if own is not None else _child(scope, "front", "article-meta", "permissions")
     figures, elements = [], {}
-    for place, (fig, groups) in enumerate(_figs(scope), start=number + 1):
+    for place, (fig, groups) in enumerate(signals.checked(_figs(scope)), start=number + 1):
         figure = _figure(fig, groups, place)
         stated = [code for each in (fig, *groups) if (code := licence_of_figure(each))]
         if local(scope) != "article" and own is not None:
@@ -240,26 +243,36 @@ def _mention(root, figures: list[Figure], elements: dict[str, list[Figure]]) -> 
         if key is not None:
             keys[key[:2]].append(figure)
             panels[id(figure)] = key[2] or _panel_of_group(figure.label)
-    for text, language in _paragraphs(root):
+    # Of very many with one number or id, a sentence means none; otherwise it would be written as often.
+    keys, elements = ({name: found for name, found in each.items() if len(found) <= _MOST_ALIKE}
+                      for each in (keys, elements))
+    for text, language in signals.checked(_paragraphs(root)):
         plain = str(text)
         spans = sentences(plain)
-        named = mentions.find(plain)
-        for start, end in spans:
-            hit: dict[int, tuple[Figure, list[str]]] = {}
-            for each in named:
-                if start <= each.start < end and not _is_foreign(each, text.links, elements):
-                    for figure in _of_panels(keys.get((each.kind, each.number), []), each.panels, panels):
-                        hit.setdefault(id(figure), (figure, []))[1].extend(each.panels)
-            for begin, stop, ids in text.links:
-                if start <= begin < end:
-                    found = [figure for each in ids for figure in elements.get(each, [])]
-                    letters = _letters(plain[begin:stop]) if len(found) > 1 else ()
-                    for figure in _of_panels(found, letters, panels):
-                        hit.setdefault(id(figure), (figure, []))
-            for figure, letters in hit.values():
+        starts = [start for start, _ in spans]
+        hits: dict[int | None, dict[int, tuple[Figure, list[str]]]] = defaultdict(dict)  # by sentence, then by figure
+        for each in _own(mentions.find(plain), text.links, elements):
+            hit = hits[_sentence(spans, starts, each.start)]
+            for figure in _of_panels(keys.get((each.kind, each.number), []), each.panels, panels):
+                hit.setdefault(id(figure), (figure, []))[1].extend(each.panels)
+        for begin, stop, ids in text.links:
+            hit = hits[_sentence(spans, starts, begin)]
+            found = [figure for each in ids for figure in elements.get(each, [])]
+            letters = _letters(plain[begin:stop]) if len(found) > 1 else ()
+            for figure in _of_panels(found, letters, panels):
+                hit.setdefault(id(figure), (figure, []))
+        for number in sorted(hits.keys() - {None}):
+            sentence = plain[slice(*spans[number])].strip()
+            for figure, letters in hits[number].values():
                 if figure.language != language:  # a translation of an abstract, or of a figure
                     continue
-                figure.mentions.append(Mention(plain[start:end].strip(), tuple(dict.fromkeys(letters))))
+                figure.mentions.append(Mention(sentence, tuple(dict.fromkeys(letters))))
+
+
+def _sentence(spans: list[tuple[int, int]], starts: list[int], place: int) -> int | None:
+    """Returns the number of the sentence that a place lies in; None between and behind sentences."""
+    number = bisect.bisect_right(starts, place) - 1
+    return number if number >= 0 and place < spans[number][1] else None
 
 
 def _panel_of_group(label: str) -> str:
@@ -280,10 +293,19 @@ def _of_panels(figures: list[Figure], letters: tuple[str, ...] | list[str], pane
     return figures
 
 
-def _is_foreign(named: mentions.Mention, links: list, elements: dict) -> bool:
-    """Returns whether a name lies in a cross-reference to something else, such as supplementary material."""
-    inside = [ids for begin, stop, ids in links if begin <= named.start < stop]
-    return bool(inside) and not any(each in elements for ids in inside for each in ids)
+def _own(named: list[mentions.Mention], links: list, elements: dict) -> Iterator[mentions.Mention]:
+    """Yields the names that do not lie in a cross-reference to something else, such as supplementary material.
+
+    Both lists are gone through once, in the order of the text.
+    """
+    coming = deque(sorted(links, key=lambda link: link[0]))
+    around: list[tuple[int, int, tuple[str, ...]]] = []
+    for each in sorted(named, key=lambda one: one.start):
+        while coming and coming[0][0] <= each.start:
+            around.append(coming.popleft())
+        around = [link for link in around if each.start < link[1]]
+        if not around or any(one in elements for _, _, ids in around for one in ids):
+            yield each
 
 
 def _paragraphs(root) -> Iterator[tuple[Text, str]]:

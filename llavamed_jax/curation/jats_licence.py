@@ -39,6 +39,11 @@ _BY_PERMISSION = re.compile(
     r"\b(?:re-?us|re-?print|re-?produc|re-?publish|adapt|adopt|modif|borrow|tak|us|obtain)(?:e|ed|en|ing|ied)?\b"
     r"[^.;]{0,120}\bpermissions?\b|\b(?:by|with)\s+(?:\w+\s+){0,2}permissions?\b|\ball\s+rights\s+reserved\b",
     re.IGNORECASE)
+_REPRINTED = re.compile(
+    r"\b(?:re-?(?:used?|printed|produced|published|drawn)|adapted|adopted|modified|borrowed)\s+(?:\w+\s+){0,3}from\b"
+    r"|\bcourtesy\b", re.IGNORECASE)
+_COPYRIGHT = re.compile(r"\u00a9|\(c\)|\bcopyright\b", re.IGNORECASE)
+_AUTHORS = re.compile(r"\bauthors?\b")
 _NEEDS_NONE = re.compile(r"\b(?:without|no)\s+(?:\w+\s+){0,4}permissions?", re.IGNORECASE)
 _CONSENT = re.compile(r"patient|parent|guardian|famil|participant|subject|informed|next\s+of\s+kin", re.IGNORECASE)
 
@@ -72,16 +77,43 @@ def licence_of_article(permissions) -> str:
 def licence_of_figure(fig) -> str:
     """Returns the licence that a figure states for itself; "" if it states none and has that of its article.
 
-    A figure that was reused with permission is `unknown`: the permission is its publisher's, and not the reader's.
+    A figure that was reused with permission is `unknown`: the permission is its publisher's, and not the reader's. So
+    is one that was taken from elsewhere or belongs to somebody else, unless it states a licence.
     """
-    own = [each for each in fig if local(each) in ("permissions", "attrib", "copyright-statement", "caption")]
+    own = [each for one in (fig, *(child for child in fig if local(child) in ("graphic", "media"))) for each in one
+           if local(each) in ("permissions", "attrib", "copyright-statement", "copyright-holder", "caption")]
     for each in own:
         if any(_is_by_permission(part) and not _CONSENT.search(part) for part in _parts(text_of(each))):
             return UNKNOWN
     codes = [licence_of_article(each) for each in own
              if local(each) == "permissions" and any(local(one) in ("license", "license_ref") for one in each.iter())]
     codes += [code for each in own if local(each) != "permissions" and (code := _licence(each)) != UNKNOWN]
-    return strictest(codes) if codes else ""
+    if codes:
+        return strictest(codes)
+    return UNKNOWN if any(_is_of_others(each) for each in own) else ""
+
+
+def _is_of_others(element) -> bool:
+    """Returns whether a figure's caption, credit or copyright names a source or an owner that is not the article's."""
+    if _REPRINTED.search(text_of(element)):
+        return True
+    if local(element) == "caption":
+        return False
+    stated = [element] if local(element) != "permissions" else [
+        each for each in element if local(each) in ("copyright-statement", "copyright-holder")]
+    owners = {owner for each in stated if local(each) == "copyright-holder" or _COPYRIGHT.search(text_of(each))
+              if (owner := _owner(text_of(each)))}
+    if not owners:
+        return False
+    article = next((each for each in element.iterancestors() if local(each) == "article"), None)
+    stated = article.iterfind("{*}front/{*}article-meta/{*}permissions/*") if article is not None else ()
+    known = {_owner(text_of(each)) for each in stated if local(each) in ("copyright-statement", "copyright-holder")}
+    return not all(owner in known or _AUTHORS.search(owner) for owner in owners)
+
+
+def _owner(text: str) -> str:
+    """Returns the owner in a statement of copyright, without the sign, years and stops, in lower case."""
+    return " ".join(re.findall(r"[^\W\d_]+", _COPYRIGHT.sub(" ", text).casefold()))
 
 
 def _licence(element) -> str:

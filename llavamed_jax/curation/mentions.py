@@ -20,10 +20,11 @@ _DASH = r"(?:[-\u2010-\u2015\u2212]|\bto\b|\bthrough\b)"
 _PANELS = r"[A-Za-z](?![A-Za-z])"
 _SEVERAL = rf"(?:\s?(?:,|{_DASH}|and|&)\s?{_PANELS})*"
 # Panels stick to the number, stand in parentheses, or are capitals after a blank: `2b`, `2 (a, b)`, `2 A`.
-_ITEM = (r"(?P<number>(?:[A-Z]{1,2}[.-]?)?\d{1,3}(?:\.\d{1,2})?)(?![\d%])"
+_ROMAN = r"(?-i:(?=[IVX])X{0,3}(?:IX|IV|V?I{0,3}))"  # 1 to 39
+_ITEM = (rf"(?P<number>(?:[A-Z]{{1,2}}[.-]?)?\d{{1,3}}(?:\.\d{{1,2}})?(?![\d%])|{_ROMAN}(?=[A-Ha-h]?(?![^\W_])))"
          rf"(?P<panels>\s?\({_PANELS}{_SEVERAL}\)|{_PANELS}{_SEVERAL}|\s(?-i:[A-H](?![A-Za-z])){_SEVERAL})?")
 _HEAD = re.compile(r"\b(?P<word>fig(?:ure)?(?:\(s\)|s)?|schemes?|plates?|charts?|images?|photo)(?!\w)\.?\s?"
-                   r"(?=[(\[]?\s?[A-Z]{0,2}[.-]?\d)", re.IGNORECASE)
+                   rf"(?=[(\[]?\s?(?:[A-Z]{{0,2}}[.-]?\d|{_ROMAN}(?-i:[A-Ha-h])?(?![^\W_])))", re.IGNORECASE)
 _FIRST = re.compile(rf"[(\[]?\s?{_ITEM}")
 _NEXT = re.compile(rf"\s?(?P<joint>,\s?(?:and|&|or)\s|,|;|\band\b|&|\bor\b|{_DASH})\s?(?:fig(?:ure)?s?\.?\s?)?{_ITEM}",
                    re.IGNORECASE)
@@ -33,6 +34,10 @@ _MORE_PANELS = re.compile(rf"\s?(?P<joint>,\s?(?:and|&)\s|,|\band\b|&|{_DASH})\s
 
 _THINGS = re.compile(r"\s+(?:patients?|cases?|controls?|months?|years?|days?|weeks?|hours?|min|mm|cm|kg|mg|ml|"
                      r"women|men|children|of|other|more|different|samples?|subjects?|lesions?|mice|rats|times?)\b")
+
+
+_ROMANS = [ten + one for ten in ("", "X", "XX", "XXX")
+           for one in ("", "I", "II", "III", "IV", "V", "VI", "VII", "VIII", "IX")][1:]
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,8 @@ def label_key(label: str) -> tuple[str, str, str] | None:
     """Reads a figure's label: kind, number and panel (`Fig. 2b.` -> figure, 2, B); None if it has no number."""
     if re.search(r"(?<=\S)\W+figure supplement", label, re.IGNORECASE):
         return "figure supplement", label, ""  # eLife's `Figure 1—figure supplement 1`, which text calls by that name
-    found = find(label if re.search(r"[A-Za-z]{3}", label) else f"Figure {label}")
+    is_named = re.search(r"[A-Za-z]{3}", label) and not _is_roman(label.strip(" .:"))
+    found = find(label if is_named else f"Figure {label}")
     if not found:
         return None
     first = found[0]
@@ -81,14 +87,14 @@ def find(text: str) -> list[Mention]:
             found.append(Mention(head.start(), end, kind, number, tuple(panels)))
             previous = number
             match = _NEXT.match(text, end)
-            if match and _speaks_of_something_else(text[match.end():]):
+            if match and (_THINGS.match(text, match.end())  # it counts things: `Fig. 2 and 3 patients`
+                          or _is_roman(match["number"]) and not _is_roman(number)):  # `Fig. 2 and I`
                 match = None
     return found
 
 
-def _speaks_of_something_else(after: str) -> bool:
-    """Returns whether a number after `and` counts things: `Fig. 2 and 3 patients`."""
-    return _THINGS.match(after) is not None
+def _is_roman(number: str) -> bool:
+    return re.fullmatch(_ROMAN, number) is not None
 
 
 def _is_dash(joint: str) -> bool:
@@ -96,7 +102,9 @@ def _is_dash(joint: str) -> bool:
 
 
 def _between(first: str, last: str) -> list[str]:
-    """Returns the numbers between two of the same form: 2, 5 -> 3, 4; S1, S3 -> S2."""
+    """Returns the numbers between two of the same form: 2, 5 -> 3, 4; S1, S3 -> S2; I, III -> II."""
+    if _is_roman(first) and _is_roman(last):
+        return _ROMANS[_ROMANS.index(first) + 1:_ROMANS.index(last)]
     one, other = re.fullmatch(r"(\D*)(\d+)", first), re.fullmatch(r"(\D*)(\d+)", last)
     if one is None or other is None or other[1] not in ("", one[1]):
         return []

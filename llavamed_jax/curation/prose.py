@@ -18,7 +18,8 @@ _ABBREVIATIONS = frozenset(
     "fig figs tab tabs ref refs eq eqs no nos vol pp ed eds dr drs prof mr mrs ms st al e.g i.e vs cf ca approx resp "
     "incl viz sp spp var subsp etc suppl supp sect chap app mag max min temp inc ltd co corp jr sr ph.d m.d u.s u.k "
     "a.m p.m i.v i.m s.c p.o b.i.d t.i.d q.d v d.f s.d s.e s.e.m".split())
-_END = re.compile(r"[.!?]+[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-zß-öø-ÿ])")
+_END = re.compile(r"(?<![.!?])[.!?]++[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[^\W_a-zß-öø-ÿ])")
+_TAIL_LENGTH, _OPEN_LENGTH = 40, 300  # characters in which a sentence's last word and an open parenthesis are found
 _TAIL = re.compile(r"([^\s(\[\"“]+?)[.!?]+[\"'”’)\]]*\s*$")
 
 
@@ -77,10 +78,10 @@ class Text:
                 self.add_element(child)
             return
         is_block = name in _BLOCKS
-        if is_block or _is_glued(element, name, self.last):
+        if is_block or self._is_glued(element, name):
             self.space()
         start, first = self.length, len(self.parts)
-        joint = _joint(element, name, self.last) if name in ("sup", "sub") else ""
+        joint = self._joint(element, name) if name in ("sup", "sub") else ""
         self.add(joint)
         self.add(element.text)
         for child in element:
@@ -97,9 +98,35 @@ class Text:
         """The last character; "" at the beginning and after a blank."""
         return "" if self.is_open or not self.parts else self.parts[-1][-1:]
 
+    def _is_glued(self, element, name: str) -> bool:
+        """Returns whether an element is a citation that would stick to a word, a number or a stop."""
+        before = self.last
+        return (name == "xref" and element.get("ref-type") == "bibr" and (before.isalnum() or before in tuple(".,;:)%"))
+                and _characters(element)[:1].isalnum())
+
+    def _joint(self, element, name: str) -> str:
+        """Returns what stands between a character and what is raised or lowered behind it.
+
+        An exponent keeps its meaning (`10^3`, `cm^2`, `Ca^2+`); ordinals, signs and isotopes need nothing (`1st`,
+        `CD4+`, `99mTc`). An index is written as in chemistry (`H2O`, `T2`), apart from a digit after a digit (`10_2`).
+
+        Args:
+          element: what is raised or lowered.
+          name: `sup` or `sub`.
+        """
+        text, before = _characters(element), self.last
+        if name == "sub":
+            return "_" if before.isdigit() and text[:1].isdigit() else ""
+        following = element.getnext()
+        after = element.tail or (_characters(following) if following is not None and local(following) else "")
+        is_isotope = (not before or before in "([{-/,;\u2010\u2011\u2012\u2013") and after[:1].isalpha()
+        if not text or is_isotope or _PLAIN.fullmatch(text) or not before and len(text) == 1 and text.isalpha():
+            return ""
+        return "^(" if " " in text else "^"
+
     def _is_mark(self, element, name: str) -> bool:
         """Returns whether an element is a raised citation or the mark of a note, or joins two of them."""
-        text = text_of(element) if name in ("sup", "xref") else ""
+        text = _characters(element) if name in ("sup", "xref") else ""
         is_between = name == "sup" and self.marked == self.length and _JOINT.fullmatch(text)
         is_mark = text and (is_between or _is_note(element))
         if is_mark:
@@ -122,34 +149,6 @@ class Text:
 _MATH = {"msup": ("^",), "msubsup": ("", "^"), "mfrac": ("/",), "msub": ("",)}  # between the parts of MathML's elements
 
 
-def _is_glued(element, name: str, before: str) -> bool:
-    """Returns whether an element is a citation that would stick to a word, a number or a stop."""
-    return (name == "xref" and element.get("ref-type") == "bibr" and (before.isalnum() or before in tuple(".,;:)%"))
-            and text_of(element)[:1].isalnum())
-
-
-def _joint(element, name: str, before: str) -> str:
-    """Returns what stands between a character and what is raised or lowered behind it.
-
-    An exponent keeps its meaning (`10^3`, `cm^2`, `Ca^2+`); ordinals, signs and isotopes need nothing (`1st`, `CD4+`,
-    `99mTc`). An index is written as chemistry does (`H2O`, `T2`), apart from a digit after a digit (`10_2`).
-
-    Args:
-      element: what is raised or lowered.
-      name: `sup` or `sub`.
-      before: the character before it; "" is a blank.
-    """
-    text = text_of(element)
-    if name == "sub":
-        return "_" if before.isdigit() and text[:1].isdigit() else ""
-    following = element.getnext()
-    after = element.tail or (text_of(following) if following is not None and local(following) else "")
-    is_isotope = (not before or before in "([{-/,;\u2010\u2011\u2012\u2013") and after[:1].isalpha()
-    if not text or is_isotope or _PLAIN.fullmatch(text) or not before and len(text) == 1 and text.isalpha():
-        return ""
-    return "^(" if " " in text else "^"
-
-
 def _is_note(element) -> bool:
     """Returns whether an element is raised and holds citations or marks of notes only."""
     if local(element) == "xref":
@@ -159,6 +158,24 @@ def _is_note(element) -> bool:
     outside = (element.text or "") + "".join(each.tail or "" for each in element)
     return (bool(links) and all(each.get("ref-type") in _NOTES for each in links)
             and not re.search(r"[^\W\d_]", outside))
+
+
+def _characters(element) -> str:
+    """Returns the characters of an element without the marks that `Text` adds.
+
+    `text_of` would read each level of what is raised twice, so that 40 levels would never end.
+    """
+    parts: list[str] = []
+
+    def walk(one) -> None:
+        parts.append(one.text or "")
+        for child in one:
+            if local(child) and local(child) not in _LEFT_OUT:
+                walk(child)
+            parts.append(child.tail or "")
+
+    walk(element)
+    return " ".join("".join(parts).split())
 
 
 def text_of(element) -> str:
@@ -181,7 +198,8 @@ def sentences(text: str) -> list[tuple[int, int]]:
     """
     found, start = [], 0
     for match in _END.finditer(text):
-        if _is_abbreviation(text[start:match.end()]) or _depth(text[max(start, match.end() - 300):match.end()]) > 0:
+        before = lambda length: text[max(start, match.end() - length):match.end()]  # noqa: B023
+        if _is_abbreviation(before(_TAIL_LENGTH)) or _depth(before(_OPEN_LENGTH)) > 0:
             continue
         found.append((start, match.start() + len(match[0].rstrip())))
         start = match.end()
@@ -191,7 +209,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
 
 
 def _is_abbreviation(head: str) -> bool:
-    match = _TAIL.search(head[-40:])
+    match = _TAIL.search(head)
     if match is None:
         return False
     word = match[1]

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -26,6 +27,7 @@ from llavamed_jax.curation.xml_bounds import MOST_XML
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import open_file
 
+UNREADABLE = "file that cannot be read"
 _MOST_MEMBER = 2**28  # bytes of a file in a shard
 
 
@@ -60,13 +62,18 @@ def layout_of(folder: Path) -> str | None:
 
 
 def _is_medicat(file: Path) -> bool:
-    with open_file(file) as opened:
-        return b'"pdf_hash"' in opened.readline(2**20)
+    try:
+        with open_file(file) as opened:
+            return b'"pdf_hash"' in opened.readline(2**20)
+    except (OSError, UserError):
+        return False
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yields the files below a folder in a fixed order."""
-    for place, folders, files in os.walk(folder):
+def _walk(folder: Path, refused: list[Refused] | None = None) -> Iterator[Path]:
+    """Yields the files below a folder in a fixed order; appends the folders that cannot be read to `refused`."""
+    note = None if refused is None else lambda error: refused.append(
+        Refused(str(error.filename), "folder that cannot be read"))
+    for place, folders, files in os.walk(folder, onerror=note):
         folders.sort()
         for name in sorted(files):
             yield Path(place) / name
@@ -74,19 +81,28 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def read_jats(folder: Path) -> Iterator[Item]:
     """Yields the figures of every XML file below a folder; images lie beside the XML."""
-    licences = _licences(folder)
-    for file in _walk(folder):
+    licences, refused, place = _licences(folder), [], None
+    for file in _walk(folder, refused):
         if file.suffix not in (".xml", ".nxml"):
             continue
-        size = file.stat().st_size
-        articles = read_articles(file.read_bytes()) if size <= MOST_XML else None
+        try:
+            size = file.stat().st_size
+            if not file.is_file():  # a pipe would wait for a writer
+                raise OSError
+            articles = read_articles(file.read_bytes()) if size <= MOST_XML else None
+            if place != file.parent:
+                place = file.parent
+                there = {each.name: each for each in place.iterdir() if names.is_image(each.name)}
+        except OSError:
+            yield Refused(str(file), UNREADABLE)
+            continue
         if not articles:
             yield Refused(str(file), "XML larger than 100 MB" if size > MOST_XML else
                           "damaged XML" if articles is None else "XML without an article")
             continue
-        there = {each.name: each for each in file.parent.iterdir() if names.is_image(each.name)}
         for article in articles:
             yield from _figures(file, article, there, licences)
+    yield from refused
 
 
 def _figures(file: Path, article: Article, there: dict[str, Path], licences: dict[str, str]) -> Iterator[Item]:
@@ -118,7 +134,7 @@ def _licences(folder: Path) -> dict[str, str]:
     for place in (folder, folder.parent):
         file = place / "manifest.jsonl"
         if file.is_file():
-            with open(file, encoding="utf-8", errors="replace") as lines:
+            with contextlib.suppress(OSError), open(file, encoding="utf-8", errors="replace") as lines:
                 for line in lines:
                     try:
                         row = json.loads(line)
@@ -140,9 +156,11 @@ def _beside(file: Path) -> str:
 
 def read_biomedica(folder: Path) -> Iterator[Item]:
     """Yields the samples of every shard below a folder."""
-    for shard in _walk(folder):
+    refused: list[Refused] = []
+    for shard in _walk(folder, refused):
         if shard.suffix == ".tar":
             yield from _shard(shard)
+    yield from refused
 
 
 def _shard(shard: Path) -> Iterator[Item]:
@@ -159,7 +177,7 @@ def _shard(shard: Path) -> Iterator[Item]:
                     parts[suffix.lower()] = members.extractfile(member).read()
             if parts:
                 yield _sample(shard, key, parts)
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError, UserError, zlib.error) as error:
         yield Refused(str(shard), f"damaged shard: {type(error).__name__}")
 
 
@@ -187,25 +205,31 @@ def read_medicat(folder: Path) -> Iterator[Item]:
     images = next((each for each in (folder / "figures", folder / "release" / "figures", folder / "images")
                    if each.is_dir()), folder)
     for file in sorted({*folder.glob("*.jsonl"), *folder.glob("release/*.jsonl")}):
-        with open(file, encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, start=1):
-                row = _object(line)
-                if row is None or not isinstance(row.get("pdf_hash"), str) or not isinstance(row.get("fig_uri"), str):
-                    yield Refused(f"{file} line {number}", "damaged line")
-                    continue
-                info = row.get("oa_info") if isinstance(row.get("oa_info"), dict) else {}
-                oa = info.get("oa") if isinstance(info.get("oa"), dict) else info
-                label = str(row.get("fig_key") or "")
-                references = row.get("s2orc_references")
-                references = references if isinstance(references, list) else []
-                texts = [text for each in references if (text := _reference(each))]
-                name = f"{row['pdf_hash']}_{row['fig_uri']}"
-                record = {"pair_id": names.stem(name), "fig_id": row["fig_uri"], "fig_label": label,
-                          "fig_caption": str(row.get("s2_caption") or row.get("s2orc_caption") or "").strip(),
-                          "in_text_mention": [{"tokens": text, "entities": []} for text in texts] or None, "panels": [],
-                          "licence": str(oa.get("license") or "unknown")}
-                image = images / name
-                yield Found(record, image if names.is_safe(name) and image.is_file() else None)
+        try:
+            with open_file(file) as lines:
+                for number, line in enumerate(lines, start=1):
+                    yield _medicat_row(line.decode("utf-8", "replace"), f"{file} line {number}", images)
+        except (OSError, UserError):
+            yield Refused(str(file), UNREADABLE)
+
+
+def _medicat_row(line: str, name: str, images: Path) -> Item:
+    row = _object(line)
+    if row is None or not isinstance(row.get("pdf_hash"), str) or not isinstance(row.get("fig_uri"), str):
+        return Refused(name, "damaged line")
+    info = row.get("oa_info") if isinstance(row.get("oa_info"), dict) else {}
+    oa = info.get("oa") if isinstance(info.get("oa"), dict) else info
+    label = str(row.get("fig_key") or "")
+    references = row.get("s2orc_references")
+    references = references if isinstance(references, list) else []
+    texts = [text for each in references if (text := _reference(each))]
+    name = f"{row['pdf_hash']}_{row['fig_uri']}"
+    record = {"pair_id": names.stem(name), "fig_id": row["fig_uri"], "fig_label": label,
+              "fig_caption": str(row.get("s2_caption") or row.get("s2orc_caption") or "").strip(),
+              "in_text_mention": [{"tokens": text, "entities": []} for text in texts] or None, "panels": [],
+              "licence": str(oa.get("license") or "unknown")}
+    image = images / name
+    return Found(record, image if names.is_safe(name) and image.is_file() else None)
 
 
 def _reference(found: object) -> str:
@@ -223,12 +247,18 @@ def _object(line: str) -> dict | None:
 
 def read_rocov2(folder: Path) -> Iterator[Item]:
     """Yields the figures of ROCOv2."""
-    licences = {row[0]: row[-1] for file in folder.glob("license_information*.csv") for row in _table(file)}
+    licences: dict[str, str] = {}
+    for file in sorted(folder.glob("license_information*.csv")):
+        for number, row in enumerate(_table(file), start=2):
+            if isinstance(row, str):
+                yield Refused(f"{file} row {number}", row)
+            else:
+                licences[row[0]] = row[-1]
     for file in sorted(folder.glob("*_captions.csv")):
         split = file.name.removesuffix("_captions.csv")
         for number, row in enumerate(_table(file), start=2):
-            if len(row) < 2 or not names.is_safe(row[0]):
-                yield Refused(f"{file} row {number}", "damaged row")
+            if isinstance(row, str) or len(row) < 2 or not names.is_safe(row[0]):
+                yield Refused(f"{file} row {number}", row if isinstance(row, str) else "damaged row")
                 continue
             places = [folder / f"{split}_images" / f"{row[0]}{suffix}" for suffix in (".jpg", ".png", ".jpeg")]
             image = next((each for each in places if each.is_file()), None)
@@ -237,16 +267,24 @@ def read_rocov2(folder: Path) -> Iterator[Item]:
             yield Found(record, image)
 
 
-def _table(file: Path) -> Iterator[list[str]]:
-    """Yields the rows of a CSV file without its header."""
+def _table(file: Path) -> Iterator[list[str] | str]:
+    """Yields the rows of a CSV file without its header; in place of one that cannot be read, the reason."""
     csv.field_size_limit(2**24)
     try:
         with open(file, encoding="utf-8-sig", errors="replace", newline="") as opened:
-            rows = csv.reader(opened)
-            next(rows, None)
-            yield from (row for row in rows if row)
-    except csv.Error as error:
-        raise UserError(f"{file} is not a CSV file: {error}") from None
+            rows, is_header = csv.reader(opened), True
+            while True:
+                try:
+                    row = next(rows)
+                except StopIteration:
+                    return
+                except csv.Error:
+                    row = "damaged row"
+                if row and not is_header:
+                    yield row
+                is_header = False
+    except OSError:
+        yield UNREADABLE
 
 
 SOURCES: dict[str, Callable[[Path], Iterator[Item]]] = {

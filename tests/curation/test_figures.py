@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from llavamed_jax.curation import mentions
 from llavamed_jax.curation.__main__ import main
 from llavamed_jax.curation.domains import domains_of
+from llavamed_jax.utils import signals
 from tests.support.pmc_bucket import picture
 
 pytest.importorskip("lxml")
@@ -18,7 +21,7 @@ from llavamed_jax.curation import jats, jats_licence, prose
 HEAD = ('<!DOCTYPE article PUBLIC "-//NLM//DTD JATS (Z39.96) Journal Archiving and Interchange DTD v1.2 20190208//EN" '
         '"JATS-archivearticle1.dtd">\n<article xmlns:xlink="http://www.w3.org/1999/xlink" xmlns:mml="http://www.w3.org/1998/Math/MathML">'
         '<front><article-meta><article-id pub-id-type="pmid">77</article-id><article-id pub-id-type="pmc">5</article-id>'
-        '<permissions><license xlink:href="http://creativecommons.org/licenses/by-nc-sa/4.0/"><license-p>x</license-p></license></permissions>'
+        '<permissions><copyright-statement>© Ours Ltd, 2019</copyright-statement><license xlink:href="http://creativecommons.org/licenses/by-nc-sa/4.0/"><license-p>x</license-p></license></permissions>'
         "{abstract}</article-meta></front>")
 
 
@@ -123,6 +126,13 @@ def test_the_most_restrictive_reading_of_a_licence_wins(permissions, wanted):
     ("<caption><p>CT. Image reused from [3] with permission, CC BY.</p></caption>", "unknown"),
     ("<caption><p>CT. Used with the patient's permission.</p></caption>", ""), ("<caption><p>CT, from [3] (CC BY-NC 4.0).</p></caption>", "CC BY-NC"),
     ("<caption><p>CT.</p></caption><attrib>By permission of the Mayo Foundation.</attrib>", "unknown"),
+    ("<caption><p>CT. Reprinted from Smith et al. [12].</p></caption>", "unknown"), ("<caption><p>CT, courtesy of Dr. X.</p></caption>", "unknown"),
+    ("<caption><p>CT, adapted and modified from [3], CC BY-SA 4.0.</p></caption>", "CC BY-SA"), ("<caption><p>CT of cells from [3].</p></caption>", ""),
+    ("<caption><p>CT.</p></caption><attrib>© 2015 Elsevier.</attrib>", "unknown"), ("<caption><p>CT (c) of 2015.</p></caption><attrib>Photo: A. B.</attrib>", ""),
+    ("<caption><p>CT.</p></caption><permissions><copyright-statement>© 2015 The Author(s)</copyright-statement></permissions>", ""),
+    ("<caption><p>CT.</p></caption><permissions><copyright-holder>WHO</copyright-holder></permissions>", "unknown"),
+    ("<caption><p>CT.</p></caption><permissions><copyright-statement>Copyright © 2020 Ours Ltd</copyright-statement><copyright-year>2020</copyright-year></permissions>", ""),
+    (f'<caption><p>CT.</p></caption><permissions><copyright-holder>WHO</copyright-holder><license xlink:href="{BY}"/></permissions>', "CC BY"),
     (f'<caption><p>CT.</p></caption><permissions><license xlink:href="{BY}"/></permissions>', "CC BY"),
     ("<caption><p>CT.</p></caption><permissions><copyright-statement>© Elsevier. All rights reserved.</copyright-statement></permissions>", "unknown"),
 ])
@@ -172,10 +182,12 @@ def test_mentions():
     ("Fig. 2b", "2B"), ("Figs. 1A–C, 3 and 5", "1ABC 3 5"), ("Figure 3 (a, b)", "3AB"), ("Figs. 2a,b and 3c–e", "2AB 3CDE"), ("Fig. 3, A and B", "3"),
     ("Figures 2 through 4", "2 3 4"), ("Figure 2 to 4 weeks", "2"), ("Figures 2 and Fig. 4a", "2 4A"), ("FIGURE 1.", "1"), ("Fig.1", "1"), ("Fig 10.2", "10.2"),
     ("Fig. 1 & 2", "1 2"), ("figure(s) 3", "3"), ("In Fig. 5, a patient", "5"), ("fig. 20% of", ""), ("configure 3", ""), ("Fig. S1", "S1"), ("Figure 1, 2005", "1"),
-    ("Figs. S1–S3", "S1 S2 S3"), ("Figs. 1–900", "1 900"), ("figures were", "")])
+    ("Figs. S1–S3", "S1 S2 S3"), ("Figure II", "II"), ("Fig. IIa", "IIA"), ("Figs. I–III and V", "I II III V"), ("Figure IV (a, b)", "IVAB"), ("FIG. IX B", "IXB"),
+    ("Fig. 2 and I saw", "2"), ("Figure Ideal", ""), ("Figure IIII", ""), ("figure ii", ""), ("Figures II, III show", "II III"), ("Fig. X. I", "X"), ("the figure is", ""), ("Figs. 1–900", "1 900"), ("figures were", "")])
 def test_names_of_figures(text, wanted):
     assert " ".join(each.number + "".join(each.panels) for each in mentions.find(text)) == wanted
     assert mentions.label_key("Supplementary Figure 2") == ("supplementary figure", "2", "") and mentions.label_key("3.") == ("figure", "3", "")
+    assert [mentions.label_key(each) for each in ("Figure II.", "VIII", "Fig. IIIa")] == [("figure", "II", ""), ("figure", "VIII", ""), ("figure", "III", "A")]
     assert mentions.label_key("Figure 1—figure supplement 2") != mentions.label_key("Figure 1") and mentions.label_key("(a)") is None
 
 
@@ -238,6 +250,98 @@ def test_articles_to_records(tmp_path, capsys):
     assert lines(tmp_path / "m2/figures.jsonl") == [] and "holds no figure" in capsys.readouterr().err
     assert main(["figures", "--source", str(tmp_path / "m2" / "images"), "--out", str(tmp_path / "m3")]) == 2
     assert main(["figures", "--source", str(tmp_path / "nowhere"), "--out", str(tmp_path / "m3")]) == 2
+
+
+@pytest.mark.parametrize("groups, kept", [("commercial", "ad"), ("non-commercial", "b"), ("commercial,non-commercial", "abd"), ("none", "abcd")])
+def test_a_licence_keeps_what_it_allows(tmp_path, groups, kept):
+    for name, code in {"a": "CC BY", "b": "cc by-nc 4.0", "c": "TDM", "d": "CC0"}.items():
+        folder = tmp_path / "in" / name
+        folder.mkdir(parents=True)
+        (folder / "x.xml").write_text(f'<article><body><fig id="{name}"><caption><p>CT.</p></caption><graphic xmlns:l="http://www.w3.org/1999/xlink" l:href="f"/></fig></body></article>')
+        (folder / "x.json").write_text(json.dumps({"license_code": code}))
+        (folder / "f.jpg").write_bytes(picture(1))
+    assert main(["figures", "--source", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--licence", groups]) == 0
+    assert [each["fig_id"] for each in lines(tmp_path / "out/figures.jsonl")] == list(kept)
+    assert {each["reason"] for each in lines(tmp_path / "out/dropped.jsonl")} <= {"licence excluded by --licence"}
+
+
+def test_one_file_that_cannot_be_read_costs_no_other(tmp_path, capsys):
+    body = "".join(f'<fig id="F{n}"><label>Fig. {n}</label><caption><p>CT.</p></caption>{graphic(f"f{n}")}</fig>' for n in (1, 2))
+    for name in "ab":
+        (tmp_path / "j" / name).mkdir(parents=True)
+        (tmp_path / "j" / name / f"{name}.xml").write_text(HEAD.replace("{abstract}", "").replace("77", name) + f"<body>{body}</body></article>")
+        (tmp_path / "j" / name / "f1.jpg").write_bytes(picture(1))
+    (tmp_path / "j/a/c.xml").symlink_to("nowhere.xml")
+    (tmp_path / "j/a/f2.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(tmp_path / "j/b/d.xml")
+    (tmp_path / "m/figures").mkdir(parents=True)
+    (tmp_path / "m/figures/ab_1.png").write_bytes(picture(5, "PNG"))
+    (tmp_path / "m/a.jsonl").symlink_to("nowhere")
+    (tmp_path / "m/b.jsonl").write_text(json.dumps({"pdf_hash": "ab", "fig_uri": "1.png", "s2_caption": "CT."}))
+    (tmp_path / "r/test_images").mkdir(parents=True)
+    (tmp_path / "r/test_images/x.jpg").write_bytes(picture(6))
+    (tmp_path / "r/a_captions.csv").symlink_to("nowhere")
+    (tmp_path / "r/license_information.csv").write_text("ID,License\n" + "y" * (2**24 + 1) + "\nx,CC BY\n")
+    (tmp_path / "r/test_captions.csv").write_text("ID,Caption\nlong," + "y" * (2**24 + 1) + "\nx,MRI.\n")
+    for name, layout, kept, dropped in (
+            ("j", "jats", ["a_F1", "b_F1"], ["file that cannot be read"] * 2 + ["image file that cannot be read", "no image file"]),
+            ("m", "medicat", ["ab_1"], ["file that cannot be read"]), ("r", "rocov2", ["x"], ["damaged row"] * 2 + ["file that cannot be read"])):
+        assert main(["figures", "--source", str(tmp_path / name), "--out", str(tmp_path / f"made-{name}"), "--layout", layout]) == 0
+        assert [row["pair_id"] for row in lines(tmp_path / f"made-{name}/figures.jsonl")] == kept
+        assert sorted(each["reason"] for each in lines(tmp_path / f"made-{name}/dropped.jsonl")) == sorted(dropped)
+        assert dropped[0] in capsys.readouterr().out
+    assert lines(tmp_path / "made-r/figures.jsonl")[0]["licence"] == "CC BY"
+
+
+def test_domains_that_a_model_has_told(tmp_path, capsys):
+    (tmp_path / "r/test_images").mkdir(parents=True)
+    for name in "abcd":
+        (tmp_path / f"r/test_images/{name}.jpg").write_bytes(picture(6))
+    (tmp_path / "r/test_captions.csv").write_text("ID,Caption\n" + "".join(f"{name},An MRI.\n" for name in "abcd"))
+    answers = tmp_path / "domains.jsonl"
+    argv = ["figures", "--source", str(tmp_path / "r"), "--domains", str(answers), "--out", str(tmp_path / "out")]
+    rows = [{"pair_id": "a", "domain": "ct_scan"}, {"pair_id": "b", "domain": ["mri", "gross"]}, {"pair_id": "c", "domain": "other"},
+            {"pair_id": "z", "domain": {"mri": True}}, {"pair_id": "b", "domain": {"histology": True, "mri": False}}]
+    answers.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    assert main(argv) == 0
+    assert ["+".join(key for key, is_in in row["domain"].items() if is_in) for row in lines(tmp_path / "out/figures.jsonl")] == ["ct_scan", "histology", "", "mri"]
+    assert all(list(row["domain"]) == list(domains_of("")) for row in lines(tmp_path / "out/figures.jsonl"))
+    assert "3 of 4 used; the other 1 figures have those of their caption's words" in capsys.readouterr().out
+    for text, said in (("{", "line 1 of"), ('{"pair_id": "a", "domain": "CT"}', "has the domain 'CT'"), ('{"domain": "mri"}', "pair_id and domain was expected"),
+                       ('{"pair_id": "a", "domain": {"mri": 1}}', "object of booleans"), ('{"pair_id": "a"}', "has the domain")):
+        answers.write_text(text)
+        assert main([*argv[:-1], str(tmp_path / "no")]) == 1 and said in capsys.readouterr().err
+    answers.unlink()
+    assert main([*argv[:-1], str(tmp_path / "no")]) == 1 and "does not exist" in capsys.readouterr().err
+
+
+def test_text_that_means_harm_takes_no_time():
+    """Each of these took a time that grows with the square of its length, or doubles with each level."""
+    begun = time.process_time()
+    assert len(prose.sentences("Fig. A " * 70_000)) == 1 and len(prose.sentences("." * 100_000 + " A")) == 2
+    assert len(mentions.find("Fig. 1 and 2 and " * 30_000)) == 30_000 + 30_000
+    deep = "<sup>" * 120 + "x" + "</sup>" * 120
+    links = "".join('<xref ref-type="fig" rid="F1">Fig. 1</xref> is. Fig. 2 was. ' for _ in range(8_000))
+    many = "".join(f'<fig id="G"><label>Fig. 3</label><caption><p>x</p></caption>{graphic("g")}</fig>' for _ in range(2_000))
+    found = article(f'<fig id="F1"><label>Fig. 1</label><caption><p>{deep}</p></caption>{graphic("f1")}</fig>{many}<p>{links}</p><p>{"Fig. 3 was. " * 2_000}</p>')
+    assert len(found.figures) == 2_001 and len(found.figures[0].mentions) == 8_000 and not found.figures[5].mentions
+    domains_of("MR specimen " * 50_000 + "mitral")
+    assert time.process_time() - begun < 6
+
+
+def test_a_signal_stops_the_reading_of_one_article(monkeypatch):
+    count = [0]
+
+    def check():
+        count[0] += 1
+        if count[0] == 50:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(signals, "check", check)
+    for body in ("<p>Fig. 1.</p>" * 100, f'<fig>{graphic("g")}</fig>' * 100):
+        count[0] = 0
+        with pytest.raises(KeyboardInterrupt):
+            article(body)
 
 
 def test_published_sets(tmp_path, capsys):
