@@ -23,12 +23,12 @@ TOWER_AND_PROJECTOR = (("vision_tower/.*", 3e-4), ("projector/.*", 5e-4))
 STAGES = {
     # Captions: the decoder is frozen, and tower and projector learn to say what it reads.
     "align": dict(init=f"{ROOT}/init", train=f"{ROOT}/texts/captions.json", trainable=SEEING, learning_rate=1e-3,
-                  overrides=(("vision_tower/.*", 3e-4),), batch_size=16, max_length=96, row_length=384, mean_length=84),
+                  overrides=(("vision_tower/.*", 3e-4),), batch_size=16, max_length=96, row_length=384, mean_text=48),
     "instruct": dict(init=f"{ROOT}/align", train=f"{ROOT}/texts/conversations.json", trainable=LAYERS, learning_rate=1e-4,
-                     overrides=TOWER_AND_PROJECTOR, batch_size=9, max_length=288, row_length=512, mean_length=159),
+                     overrides=TOWER_AND_PROJECTOR, batch_size=9, max_length=288, row_length=512, mean_text=123),
     # Up to six questions of an image in a conversation, about five.
     "vqa": dict(init=f"{ROOT}/instruct", train=f"{ROOT}/texts/questions.json", trainable=LAYERS, learning_rate=2e-4,
-                overrides=TOWER_AND_PROJECTOR, batch_size=6, max_length=320, row_length=512, mean_length=159),
+                overrides=TOWER_AND_PROJECTOR, batch_size=6, max_length=320, row_length=512, mean_text=123),
 }
 
 
@@ -39,7 +39,7 @@ def get_config(arg: str = "") -> ConfigDict:
     c = common.base(f"smol {args.word}", stage["init"], "hf:chatml", stage["train"])
     c.protocol = "clean"
     c.data.row_length = stage["row_length"]
-    c.data.mean_length = stage["mean_length"]
+    c.data.mean_text = stage["mean_text"]
     c.data.workers = 0  # two cores have enough to do
 
     c.batch_size = stage["batch_size"]
