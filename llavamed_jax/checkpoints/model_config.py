@@ -11,9 +11,14 @@ from llavamed_jax.checkpoints.generation_file import FILE as GENERATION
 from llavamed_jax.checkpoints.generation_file import with_stop_ids
 from llavamed_jax.checkpoints.preprocessor_file import check, has_settings, with_image_settings
 from llavamed_jax.checkpoints.tensor import Tensor
-from llavamed_jax.checkpoints.torch.files import read_weights, refuse_adapter
+from llavamed_jax.checkpoints.torch.files import has_weights, read_weights, refuse_adapter
 from llavamed_jax.checkpoints.torch.tower import check_width, fetch_tower, find_tower, tower_config
-from llavamed_jax.checkpoints.torch.tower_shape import is_tower, known_shape, shape_of_tensors
+from llavamed_jax.checkpoints.torch.tower_shape import (
+    is_tower,
+    known_shape,
+    shape_of_tensors,
+    without_last_layer,
+)
 from llavamed_jax.config import OURS, PRESET, LlavaConfig, VisionConfig, as_object, preset
 from llavamed_jax.config.hf import is_transformers, llava_from_hf, tower_name
 from llavamed_jax.config.towers import known_name
@@ -142,6 +147,10 @@ def torch_config(directory: Path, vision_tower: Path | None,
         check_width(vision_tower or directory, vision,
                     config.vision.hidden_size if is_transformers(raw) else raw.get("mm_hidden_size"))
     config = config.replace(vision=vision or config.vision, decoder=with_stop_ids(config.decoder, directory))
+    is_stated = is_transformers(raw) or "vision_config" in as_object(raw.get(OURS, {}), OURS)
+    if not is_stated and config.vision.original_deletes_last and (asked is None or not has_weights(asked)):
+        short = without_last_layer(tower_name(raw), config.vision, _headers(weights))
+        config = config if short is None else config.replace(vision=short, feature_layer=-1)
     return with_image_settings(config, directory, is_transformers(raw), asked), raw, assumed
 
 
@@ -160,16 +169,21 @@ def _tower_of_elsewhere(directory: Path, name: str,
         return fetch_tower(directory, name, weights=False), None, ""
     except UserError as error:
         refusal = error
-    try:
-        found = weights()
-    except UserError:  # reading the weights later raises it
-        found = {}
+    found = _headers(weights)
     if any(map(is_tower, found)):
         return None, *shape_of_tensors(directory, name, found)
     vision = known_shape(name)
     if vision is None:
         raise refusal
     return None, vision, ""
+
+
+def _headers(weights: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Returns the tensors of a checkpoint; none if they cannot be read, which reading them later says."""
+    try:
+        return weights()
+    except UserError:
+        return {}
 
 
 def replace_tower(config: LlavaConfig, directory: Path) -> LlavaConfig:
@@ -179,7 +193,9 @@ def replace_tower(config: LlavaConfig, directory: Path) -> LlavaConfig:
     own = config.vision
     if not has_settings(directory) and type(own) is type(vision):
         vision = dataclasses.replace(vision, image_mean=own.image_mean, image_std=own.image_std, images=own.images)
-    config = config.replace(vision=vision)
+    # A whole tower in place of one without its last layer: the features stay those of the layer before the last.
+    is_whole = vision.original_deletes_last and vision.num_layers == own.num_layers + 1 and config.feature_layer == -1
+    config = config.replace(vision=vision, feature_layer=-2 if is_whole else config.feature_layer)
     check(config, str(directory))
     return config
 

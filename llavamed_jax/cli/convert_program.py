@@ -162,7 +162,7 @@ def _export(args: argparse.Namespace) -> None:
 
 def _build_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder", required=True, metavar="PATH",
-                        help="a directory of LLaMA, Vicuna or Mistral, owner/name of a hub, or a GGUF file")
+                        help="a language model (LLaMA, Mistral, Qwen, OLMo-2 …): DIR, owner/name, or a GGUF file")
     parser.add_argument("--vision", required=True, metavar="PATH",
                         help="a tower (CLIP, SigLIP …) or whole model: DIR, owner/name, or preset:NAME (random)")
     parser.add_argument("--projector", required=True, metavar="TYPE|FILE",

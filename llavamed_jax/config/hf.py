@@ -144,6 +144,12 @@ def tower_name(config: Mapping[str, Any]) -> str | None:
     return name
 
 
+def own_tower_name(cfg: LlavaConfig) -> str | None:
+    """Returns the tower's name in a model's source, else the stock tower of its shape; None if there is neither."""
+    said = json.loads(cfg.extra) if cfg.source != "transformers" else {}
+    return tower_name(said) or _known_by_shape(cfg.vision)
+
+
 def _writable_tower(name: str | None) -> str:
     """Returns the tower's name in a v1.0 export, which puts the tower into a directory of the name's last part."""
     return name if name and re.fullmatch(r"(?!\.{1,2}$)[\w.()+@ -]{1,200}", Path(name).name) else "vision_tower"
@@ -151,7 +157,11 @@ def _writable_tower(name: str | None) -> str:
 
 def _stock_tower(vision: VisionConfig) -> str:
     """Names a tower that came without a name after the stock tower of its shape, which the original can fetch."""
-    return next((name for name, known in KNOWN_TOWERS.items() if known == vision), "vision_tower")
+    return _known_by_shape(vision) or "vision_tower"
+
+
+def _known_by_shape(vision: VisionConfig) -> str | None:
+    return next((name for name, known in KNOWN_TOWERS.items() if known == vision), None)
 
 
 def plain_decoder(config: Mapping[str, Any]) -> DecoderConfig:
@@ -184,7 +194,7 @@ def mended_ids(architecture: str, config: Mapping[str, Any]) -> dict:
 
 
 def joined(decoder: DecoderConfig, vision: VisionConfig, projector_type: str, tower: str,
-           uses_image_tokens: bool) -> LlavaConfig:
+           uses_image_tokens: bool, feature_layer: int = -2, feature_select: str = "patch") -> LlavaConfig:
     """Joins the configs of a plain decoder and a tower as the original's scripts do.
 
     Mistral gives LLaVA-Med v1.5; LLaMA gives v1.0 with image tokens, and LLaVA-1.5 without.
@@ -195,11 +205,14 @@ def joined(decoder: DecoderConfig, vision: VisionConfig, projector_type: str, to
       projector_type: `linear`, `mlpNx_gelu` or `identity`.
       tower: the tower's name in an export.
       uses_image_tokens: whether images stand between `<im_start>` and `<im_end>`.
+      feature_layer: the tower's hidden state that the projector reads.
+      feature_select: which of its positions.
     """
     source = "llava" if decoder.architecture == "llama" and uses_image_tokens else decoder.original_type
     extra = {**_ORIGINAL_DEFAULTS, "architectures": [decoder.original_class], "mm_vision_tower": tower,
              "mm_use_im_patch_token": uses_image_tokens}
-    return LlavaConfig(vision, decoder, projector_type, image_aspect_ratio="square" if source == "llava" else "pad",
+    return LlavaConfig(vision, decoder, projector_type, feature_layer=feature_layer, feature_select=feature_select,
+                       image_aspect_ratio="square" if source == "llava" else "pad",
                        use_start_end=uses_image_tokens, source=source, extra=json.dumps(extra, sort_keys=True))
 
 
@@ -244,6 +257,12 @@ def from_original(config: Mapping[str, Any], vision: VisionConfig | None) -> Lla
             raise UserError(f"mm_vision_select_layer is {short(layer)}; -3, -2 or -1 was expected with BiomedCLIP, of "
                             "which the original computes the last three layers")
         layer, select = layer - 3 * (layer >= 0), "patch"
+    if vision.original_deletes_last:
+        stated = as_object(ours.get("vision_config") or {}, "vision_config")
+        if not stated:
+            layer, select = -2, "patch"  # the original reads neither key
+        elif layer == -1 and stated.get("num_hidden_layers") == vision.num_layers - 1:
+            layer = -2  # the whole tower in place of one without its last layer
     return LlavaConfig(
         vision=vision, decoder=plain_decoder(config), projector_type=projector,
         feature_layer=layer,  # -1 is the original's code default

@@ -13,6 +13,7 @@ from llavamed_jax.checkpoints.assemble.build import build, with_projector
 from llavamed_jax.checkpoints.export.directory import export
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.cli.convert import main
 from llavamed_jax.config import preset
 from llavamed_jax.errors import UserError
@@ -378,16 +379,19 @@ def test_a_presets_tower_is_random_and_of_the_seed(parts, capsys):
 
 
 @pytest.mark.parametrize("layout", ["tree", "llava", "transformers"])
-def test_the_tower_of_a_whole_model_is_taken_with_its_image_settings(layout, parts):
+def test_the_tower_of_a_whole_model_is_taken_with_its_settings(layout, parts, capsys):
     """A tower that another model has trained; here with a projector, a decoder and a preprocessor of its own."""
     assert command(parts, "whole") == 0
     whole = open_checkpoint(parts / "whole")
-    if layout != "tree":
-        export(whole, parts / layout, layout)
-    assert command(parts, "two", "mistral", "whole" if layout == "tree" else layout, "linear", "--seed", "5") == 0
+    whole = whole.replace(config=whole.config.replace(feature_layer=-3, feature_select="cls_patch"))
+    write_model(parts / layout, whole) if layout == "tree" else export(whole, parts / layout, layout)
+    assert command(parts, "two", "mistral", layout, "linear", "--seed", "5") == 0
+    assert f"features: hidden state -3 of the tower, cls_patch, as in {parts / layout}\n" in capsys.readouterr().out
     two, tower = open_checkpoint(parts / "two"), [name for name in whole.tensors if name.startswith("vision_tower/")]
     assert two.config.vision == whole.config.vision and two.config.vision.image_mean == (0.5, 0.5, 0.5)
     assert len(tower) > 10 and two.config.projector_type == "linear"
+    assert (two.config.feature_layer, two.config.feature_select) == (-3, "cls_patch")
+    assert json.loads(two.config.extra)["mm_vision_tower"] == "clip-tiny"  # which an export names
     for name in tower:
         assert two.read(name).tobytes() == whole.read(name).tobytes(), name
     assert Processor.load(parts / "two").config.vision == Processor.load(parts / "whole").config.vision

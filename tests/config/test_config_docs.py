@@ -7,6 +7,7 @@ import pytest
 
 from llavamed_jax.checkpoints import generation_file
 from llavamed_jax.config import ACTIVATIONS
+from llavamed_jax.config.decoders import DECODERS
 from llavamed_jax.config.hf import llava_from_hf
 from tests.support import released, tiny
 
@@ -20,7 +21,8 @@ def section(title):
     return DOCS.split(f"### {title}")[1].split("\n## ")[0].split("\n### ")[0]
 
 
-@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "LlavaConfig", "CLIPVisionConfig"])
+@pytest.mark.parametrize("name", ["LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config", "Olmo2Config", "LlavaConfig", "CLIPVisionConfig",
+                                  "SiglipVisionConfig", "ViTConfig"])
 def test_every_key_of_transformers_configs_is_named(name):
     transformers = pytest.importorskip("transformers")
     text = section("`config.json` of the originals") + section("`config.json` of transformers")
@@ -53,3 +55,19 @@ def test_what_is_said_of_defaults():
     assert (llama.rms_norm_eps, llama.rope_theta, llama.hidden_act) == (1e-6, 1e4, "silu")
     assert llava_from_hf({**raw, "vision_config": None}).vision.image_size == 336
     assert llava_from_hf(raw).image_token_id == 32000
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_every_kind_of_decoder_is_named(kind):
+    row = next(line for line in section("`config.json` of transformers").splitlines() if line.startswith("| `text_config`"))
+    assert f"`{kind}`" in row
+
+
+def test_what_is_said_of_windows_and_biases():
+    """Which kinds obey `sliding_window`, `attention_bias` and `mlp_bias`."""
+    keys = dict(use_sliding_window=True, sliding_window=64, max_window_layers=0, attention_bias=True, mlp_bias=True)
+    read = {kind: llava_from_hf({"model_type": "llava", "vision_config": {}, "text_config": {"model_type": kind, **keys}}).decoder
+            for kind in DECODERS}
+    assert {kind for kind, found in read.items() if found.sliding_window == 64} == {"mistral", "qwen2", "qwen3"}
+    assert {kind for kind, found in read.items() if found.attention_bias} == {"llama", "qwen2", "qwen3", "olmo2"}
+    assert {kind for kind, found in read.items() if found.mlp_bias} == {"llama"}

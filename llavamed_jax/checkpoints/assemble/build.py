@@ -74,7 +74,8 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
             raise UsageError(str(error)) from None
     try:
         config = joined(with_stop_ids(plain_decoder(raw), directory), tower.config,
-                        "linear" if is_file else projector, tower.name, image_tokens)
+                        "linear" if is_file else projector, tower.name, image_tokens, tower.feature_layer,
+                        tower.feature_select)
     except UserError as error:
         raise UserError(f"{decoder}: {error}") from None
     config, template = _with_language_template(config, decoder, directory)
@@ -85,6 +86,9 @@ def build(decoder: str | Path, vision: str | Path, projector: str, scratch: Path
     checkpoint = Checkpoint(config, "built", None, tensors, _files(directory, tower.preprocessor),
                             f"{tower.source}, as asked for")
     said = [*said, f"decoder: {decoder}", f"vision tower: {tower.source}", template]
+    if (tower.feature_layer, tower.feature_select) != (-2, "patch"):
+        said.append(f"features: hidden state {tower.feature_layer} of the tower, {tower.feature_select}, as in "
+                    f"{tower.source}")
     if config.vision.image_size != tower.config.image_size:
         said.append(f"image size: {config.vision.image_size}, for which the position table of "
                     f"{tower.config.image_size} pixels is interpolated")

@@ -14,7 +14,7 @@ from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.tower import tower_config, tower_tensors
 from llavamed_jax.config import PRESET, LlavaConfig, VisionConfig, preset
-from llavamed_jax.config.hf import is_original, is_transformers
+from llavamed_jax.config.hf import is_original, is_transformers, own_tower_name
 from llavamed_jax.errors import UserError, at, exists
 from llavamed_jax.utils.files import read_json
 
@@ -32,6 +32,8 @@ class Tower:
       config: its config.
       tensors: returns its tensors by canonical name, given the config of the model that it joins.
       preprocessor: its preprocessor's file; None if it has none.
+      feature_layer: the hidden state that a whole model reads; for a tower alone LLaVA's own.
+      feature_select: which positions a whole model reads.
     """
 
     source: str
@@ -39,6 +41,8 @@ class Tower:
     config: VisionConfig
     tensors: Callable[[LlavaConfig], dict[str, Tensor]]
     preprocessor: Path | None = None
+    feature_layer: int = -2
+    feature_select: str = "patch"
 
 
 def tower_of(vision: str | Path, seed: int) -> Tower:
@@ -53,8 +57,9 @@ def tower_of(vision: str | Path, seed: int) -> Tower:
       UserError: there is no tower, or an adapter changes it.
     """
     if (name := str(vision)).startswith(PRESET):
-        return Tower(name, name, preset(name.removeprefix(PRESET)).vision,
-                     lambda config: _of_tower(random_checkpoint(config, seed)))
+        config = preset(name.removeprefix(PRESET))
+        return Tower(name, name, config.vision, lambda config: _of_tower(random_checkpoint(config, seed)), None,
+                     config.feature_layer, config.feature_select)
     name = name if not exists(vision) and hub.is_hub_name(vision) else Path(vision).name
     directory = hub.local(vision)
     if not _is_whole(directory):
@@ -62,11 +67,12 @@ def tower_of(vision: str | Path, seed: int) -> Tower:
         return Tower(str(directory), name, tower_config(directory), lambda config: tower_tensors(config, directory),
                      file if file.is_file() else None)
     model = open_checkpoint(directory)
-    tensors = _of_tower(model)
+    config, tensors = model.config, _of_tower(model)
     if any("_lora_" in name for name in tensors):
         raise at(directory, f"an adapter changes the vision tower of {directory}; the directory that `convert "
                             "merge-lora` makes of both was expected")
-    return Tower(str(directory), name, model.config.vision, lambda _: tensors, model.files.get(PREPROCESSOR))
+    return Tower(str(directory), own_tower_name(config) or name, config.vision, lambda _: tensors,
+                 model.files.get(PREPROCESSOR), config.feature_layer, config.feature_select)
 
 
 def _is_whole(directory: Path) -> bool:

@@ -3,11 +3,12 @@
 That happens if `mm_vision_tower` names a directory of the machine on which the model was trained. Width, depth, patch,
 positions and feed-forward width follow from the tensors. Heads, activation and eps do not: OpenAI's CLIP has heads of
 64, quick_gelu and 1e-5 at each of its widths. Towers of other widths have other heads (CLIP-H: 80), so they need a
-config.
+config. A checkpoint may also hold a tower that lacks its last layer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -30,6 +31,24 @@ def is_tower(key: str) -> bool:
 def known_shape(name: str) -> VisionConfig | None:
     """Returns the config of the stock tower that a directory's name stands for; None for an unknown name."""
     return {Path(known).name: config for known, config in KNOWN_TOWERS.items()}.get(Path(name).name)
+
+
+def without_last_layer(name: str | None, vision: VisionConfig, found: Mapping[str, Tensor]) -> VisionConfig | None:
+    """Returns the config of a tower in a checkpoint from which LLaVA's code deleted the last layer before training.
+
+    Args:
+      name: the tower's name in the checkpoint's config.
+      vision: the config of the tower that the name stands for, or that a directory gives.
+      found: the tensors of the checkpoint's files.
+
+    Returns:
+      The config of one layer fewer than the stock tower has; None if the checkpoint has no tower, or a whole one.
+    """
+    layers = {int(at[1]) for at in (re.search(r"\.layers\.(\d+)\.", key) for key in found if is_tower(key)) if at}
+    stock = (known_shape(name) if name else None) or vision
+    if not vision.original_deletes_last or layers != {*range(stock.num_layers - 1)}:
+        return None
+    return dataclasses.replace(vision, num_layers=len(layers))
 
 
 def shape_of_tensors(directory: Path, name: str, found: Mapping[str, Tensor]) -> tuple[VisionConfig, str]:

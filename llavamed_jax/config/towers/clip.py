@@ -80,6 +80,8 @@ class VisionConfig:
       torch_prefixes: prefixes of the torch names in the tower's own directory; the first is written.
       unused: prefixes of the names of tensors after the layers, which the model does not use.
       elsewhere: pattern of torch names in the tower's directory that do not belong to the tower.
+      original_deletes_last: whether LLaVA's own code deletes the last layer and reads the output of the layer before,
+        whatever the config's feature layer is; checkpoints with such a tower inside have one layer fewer.
       dropped: pattern of torch names, below the tower's prefix, of parts that no layer of LLaVA reads; they are left
         out with a warning. "" for none.
       modules: parts of torch names -> parts of the names that transformers 5 has for them in memory, and PEFT in an
@@ -110,6 +112,7 @@ class VisionConfig:
     image_processor = "CLIPImageProcessor"
     torch_prefixes = ("vision_model.", "")
     unused = ("post_layernorm/",)
+    original_deletes_last = False
     elsewhere = r"text_model\..*|(text|visual)_projection\.weight|logit_scale"
     dropped = ""
     modules: ClassVar[Mapping[str, str]] = {}

@@ -3,9 +3,9 @@
 Differences from CLIP's tower: it has no class token and no norm before the layers, its patches have a bias, its
 activation is the tanh approximation of GELU, and images are squeezed to a square and normalised by 0.5. LLaVA reads
 hidden states of the layers before `post_layernorm`, as transformers and LLaVA-NeXT do. None of them reads the attention
-pooling.
+pooling. LLaVA-NeXT deletes the last layer before it trains, and takes the output of the last one that is left.
 
-Source: transformers' SiglipVisionModel.
+Source: transformers' SiglipVisionModel; LLaVA-NeXT's `llava/model/multimodal_encoder/siglip_encoder.py`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class SiglipConfig(VisionConfig):
     label = "SigLIP ViT"
     licence = "Apache-2.0, if it was made from Google's SigLIP or SigLIP 2"
     image_processor = "SiglipImageProcessor"
+    original_deletes_last = True
     elsewhere = r"text_model\..*|logit_(scale|bias)"
     dropped = r"head\..*"
 
