@@ -18,11 +18,11 @@ from llavamed_jax.datasets.training import TrainingData
 from llavamed_jax.errors import UserError, warn
 from llavamed_jax.pipeline import examples, workers
 from llavamed_jax.pipeline.packing import Layout, Plan
+from llavamed_jax.pipeline.skips import SkipLimit
 from llavamed_jax.processor import Processor
 
 _ENDLESS = 2**40
 SKIP_LIMIT = 0.5
-_EARLY = 1000  # the share of broken images is judged on at least so many samples, if the data has them
 
 
 @dataclass(frozen=True)
@@ -109,21 +109,22 @@ class Loader:
       truncated: samples so far that were cut.
       surplus: images so far that were left out.
       unsupervised: samples so far without a supervised token (see `conversation.supervise`).
+      seen: samples so far that were read.
+      unreadable: samples so far with an image that could not be read.
+      unreadable_anew: those of them that were not known to lose an image when they were measured.
     """
 
     def __init__(self, make: BatchMaker, num_workers: int, on_skip: Callable[[dict], None] | None, skip_limit: float):
-        self._make, self._workers, self._on_skip, self._skip_limit = make, num_workers, on_skip, skip_limit
+        self._make, self._workers, self._on_skip = make, num_workers, on_skip
+        self._limit = SkipLimit(make.plan, skip_limit)
         self._place = make.start
         self._records = make.data.fingerprint()
         self.on_wait: Callable[[float], object] = lambda waited: None
         self._running: list[workers.InOrder] = []  # at most one iterator
         self.skipped: list[dict] = []
         self._broken: set[int] = set()  # numbers of records with a broken image; ids may not be unique
-        found = make.plan.lengths
-        self._is_known = (found.tokens == 0) | found.is_lossy  # bool [records]: damaged, or losing an image
-        self._seen = 0
         self._barren = 0  # rows since the last one with a supervised token
-        self.truncated = self.surplus = self.unsupervised = 0
+        self.truncated = self.surplus = self.unsupervised = self.seen = self.unreadable = self.unreadable_anew = 0
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
@@ -147,10 +148,8 @@ class Loader:
         self.truncated += int(report["truncated"])
         self.surplus += int(report["surplus"])
         self.unsupervised += int(report["unsupervised"])
-        self._seen += int(report["seen"])
         self._skip(report["skipped"])
-        self._broken.update(map(int, report["records"]))
-        self._refuse_too_many()
+        self._count([int(record) for record in report["records"]], int(report["seen"]))
         self._refuse_barren(batch)
         # Copies out of the worker's shared memory, which would otherwise live as long as the last array made from it.
         return {name: np.array(array) for name, array in batch.items()} if self._workers else batch
@@ -161,24 +160,17 @@ class Loader:
             if self._on_skip is not None:
                 self._on_skip(entry)
 
-    def _refuse_too_many(self) -> None:
-        """Raises UserError if too many samples have a broken image, alone or together with other unusable samples."""
-        if not self._broken:
-            return
-        samples = len(self._make.plan.stream)
-        judged = min(samples, max(self._seen, _EARLY))
-        if len(self._broken) > self._skip_limit * judged:
+    def _count(self, unreadable: list[int], seen: int) -> None:
+        """Counts the records of a batch with an unreadable image; raises UserError if there are too many by now."""
+        self.seen += seen
+        self.unreadable += len(unreadable)
+        self.unreadable_anew += sum(not self._limit.is_known(record) for record in unreadable)
+        self._broken.update(unreadable)
+        try:
+            self._limit.refuse(self._broken, self.seen, self.skipped[-1]["reason"] if self.skipped else "")
+        except UserError:
             self.close()
-            raise UserError(f"{len(self._broken)} of the first {min(samples, self._seen)} samples have an unreadable "
-                            f"image, more than the allowed {self._skip_limit:.0%} (data.skip_limit); the last: "
-                            f"{self.skipped[-1]['reason']}")
-        weights, is_bad = self._make.plan.stream.weights(), self._is_known.copy()
-        is_bad[list(self._broken)] = True
-        if weights[is_bad].sum() > self._skip_limit * samples:
-            self.close()
-            raise UserError(f"{weights[is_bad].sum():.0f} of the {samples} samples cannot be used or lose an image "
-                            f"({len(self._broken)} have an unreadable image), more than the allowed "
-                            f"{self._skip_limit:.0%} (data.skip_limit); the last: {self.skipped[-1]['reason']}")
+            raise
 
     def _refuse_barren(self, batch: dict[str, np.ndarray]) -> None:
         if len(batch["labels"]) < self._make.plan.layout.rows:

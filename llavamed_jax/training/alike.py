@@ -1,7 +1,8 @@
 """Collects the values that must be equal in all processes of a training job (`agreement.check_same` compares them).
 
-They are compared three times before the first update, each as early as it is known: the command line, before anything
-is opened; the weights and text files, once they are open; records, images and rows, once they are measured. A path is a
+They are compared before the first update, each as early as it is known: the command line, before anything is opened;
+the weights and text files, once they are open; the mesh; records, images and rows, once they are measured; and what
+`remat=auto` and `micro_batches=auto` stand for, which each process chooses by the memory of its devices. A path is a
 value of the recipe and therefore the same text everywhere; the content at the path is compared separately.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints import identity
@@ -25,6 +27,7 @@ from llavamed_jax.images.load import split_frame
 from llavamed_jax.parallel import agreement
 from llavamed_jax.pipeline.packing import Plan
 from llavamed_jax.training.rows import Data
+from llavamed_jax.training.settings import Settings
 from llavamed_jax.utils import signals
 from llavamed_jax.utils.hashes import sha256_of_each
 from llavamed_jax.utils.nested import flatten
@@ -73,6 +76,16 @@ def model(cfg: ConfigDict, workdir: Path, checkpoint: Checkpoint, step: int | No
     files = {**base.fingerprints(workdir),
              manifest.relative_to(workdir).as_posix(): sha256_of_each([manifest])[manifest]}
     return {f"the workdir's file {name}": _sha256(digest) for name, digest in files.items()}
+
+
+def mesh(found: Mesh) -> dict[str, object]:
+    """Returns the sizes of the mesh, which `mesh.auto` chooses by the memory of a process's devices."""
+    return {"the mesh that fits its devices": ", ".join(f"{axis} {size}" for axis, size in found.shape.items())}
+
+
+def chosen(found: Settings) -> dict[str, object]:
+    """Returns the settings of the update, which `auto` chooses by the memory of a process's devices."""
+    return {"the settings that fit the memory of its devices": str(found)}
 
 
 def data(found: Data, total_steps: int) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.parallel.mesh import local_rows
 from llavamed_jax.pipeline.loader import Loader
+from llavamed_jax.pipeline.skips import SkipLimit
 from llavamed_jax.pipeline.workers import WorkerError
 from llavamed_jax.training import alike, arithmetic, bucket_workdir, recipe, resume, settings, void_keys
 from llavamed_jax.training import place as places
@@ -183,6 +185,10 @@ class Run:
         self.batches.close()
         self.log.close()
 
+    @functools.cached_property
+    def _limit(self) -> SkipLimit:
+        return SkipLimit(self.data.plan, self.cfg.data.skip_limit)
+
     @property
     def rows(self) -> list[int]:
         """The rows of an update that lie on this process's devices."""
@@ -266,6 +272,7 @@ class Run:
 
     def _next_batch(self) -> tuple[Mapping, dict[str, int], list[Mapping]]:
         """Returns a batch, its counts of skipped, cut and unsupervised samples, and the skipped samples."""
+        self._check_skipped()
         before = self._trouble_counts()
         batch = next(self.batches)
         after = self._trouble_counts()
@@ -276,7 +283,8 @@ class Run:
     def _trouble_counts(self) -> dict[str, int]:
         loader = self.batches
         return dict(samples_skipped=len(loader.skipped), images_skipped=loader.surplus,
-                    samples_truncated=loader.truncated, samples_unsupervised=loader.unsupervised)
+                    samples_truncated=loader.truncated, samples_unsupervised=loader.unsupervised, seen=loader.seen,
+                    unreadable=loader.unreadable, unreadable_anew=loader.unreadable_anew)
 
     def _validate(self, eval_step, callbacks: Callbacks, agreed: StepAgreement) -> None:
         """Logs the validation loss and the evaluators' numbers; warns of skipped validation samples."""
@@ -306,8 +314,16 @@ class Run:
         """Returns whether an action is due: every `every` updates, and after the last one."""
         return self.step == self.total_steps or every > 0 and self.step % every == 0
 
+    def _check_skipped(self) -> None:
+        """Raises UserError if the whole run, of all processes and before it was resumed, has skipped too many."""
+        if not distributed.process_index():  # its counts are those of all processes
+            counts, skipped = self.progress, self.batches.skipped
+            self._limit.refuse_counts(counts.unreadable, counts.unreadable_anew, counts.seen,
+                                      skipped[-1]["reason"] if skipped else "see skipped.jsonl")
+
     def _check_something_was_trained(self) -> None:
         if self.step >= self.total_steps:
+            self._check_skipped()
             check_something_was_trained(self.progress, self.total_steps, self.log.say)
 
     def _end(self) -> bool:
@@ -333,12 +349,14 @@ def _open_inputs(cfg: ConfigDict, workdir: Path, total_steps: int | None, step: 
     agreement.check_same(lambda: alike.model(cfg, workdir, checkpoint, step))
     start = cfg if step is None else with_own_tokenizer(cfg)
     mesh = open_mesh(cfg, checkpoint.config)
+    agreement.check_same(lambda: alike.mesh(mesh))
     with distributed.after_first():  # the other processes read what process 0 has cached of large data
         data = Data.open(start, checkpoint, mesh, workdir, earlier.get("settled"))
     total_steps = total_steps or data.total_steps()
     agreement.check_same(lambda: alike.data(data, total_steps))
     program = Program.build(settings.open_remat(start), checkpoint, mesh, total_steps)
     chosen = settings.of_run(start, program, data.plan.layout, earlier.get("settled") or {})
+    agreement.check_same(lambda: alike.chosen(chosen))
     data = data.with_micro_batches(chosen.micro_batches)
     return checkpoint, data, settings.with_remat(program, chosen.remat), total_steps
 

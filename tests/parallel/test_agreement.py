@@ -13,8 +13,10 @@ from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.errors import UsageError
 from llavamed_jax.parallel import agreement
-from llavamed_jax.training import alike, recipe
+from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.training import alike, recipe, trainer
 from llavamed_jax.training.rows import Data
+from llavamed_jax.training.settings import Settings
 from llavamed_jax.training.start import open_start
 from llavamed_jax.utils import code
 from llavamed_jax.utils.nested import flatten
@@ -267,6 +269,30 @@ def test_other_rows_of_equal_records_are_refused(cfg, tmp_path, several):
     error = several(alike.data(data, 8), alike.data(replace(data, plan=plan), 8))
     assert "process 0: the rows of data.train (…" in str(error) and "the records" not in str(error)
     assert "process 0: the number of updates (8 in process 0, 9 in process 1)" in str(several(alike.data(data, 8), alike.data(data, 9)))
+
+
+@pytest.mark.parametrize("part", ["mesh", "settings"])
+def test_what_each_process_chooses_by_its_memory_is_compared(cfg, tmp_path, monkeypatch, part):
+    """`fit` compares it where it is chosen: both processes end with one sentence."""
+    runs.write_start(tmp_path / "start")
+    meshes, chosen = [make_mesh("data=1"), make_mesh("fsdp=2")], [Settings("minimal", 1), Settings("full", 4)]
+    found = []
+    for k in range(2):
+        monkeypatch.setattr(trainer, "open_mesh", lambda *_, k=k: meshes[k if part == "mesh" else 0])
+        monkeypatch.setattr(trainer.settings, "of_run", lambda *_, k=k: chosen[k if part == "settings" else 0])
+        values = {}
+        monkeypatch.setattr(agreement, "check_same", lambda make, values=values: values.update(make()))
+        trainer._open_inputs(cfg, tmp_path / "run", 8, None, {})
+        found.append(values)
+    monkeypatch.undo()
+    threads = Threads(2)
+    monkeypatch.setattr(agreement, "distributed", threads)
+    error, other = threads.run(lambda k: agreement.check_same(lambda: found[k]))
+    assert str(error) == str(other)
+    words = {"mesh": "the mesh that fits its devices ('data 1, fsdp 1, tp 1' in process 0, 'data 1, fsdp 2, tp 1' in process 1)",
+             "settings": "the settings that fit the memory of its devices ('remat=minimal micro_batches=1' in process 0, "
+                         "'remat=full micro_batches=4' in process 1)"}
+    assert f"process 1 was started differently from process 0: {words[part]}" in str(error)
 
 
 # ---- two processes

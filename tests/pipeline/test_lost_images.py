@@ -1,14 +1,20 @@
 """Images that records name and nothing is trained on: counted, printed, and beyond the limit a reason to stop."""
 
+import contextlib
 import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
+from llavamed_jax.checkpoints.tree import store
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import during_training
 from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.pipeline.lengths import Lengths
+from llavamed_jax.pipeline.packing import Layout, Plan, Stream
+from llavamed_jax.pipeline.skips import SkipLimit
 from llavamed_jax.training import program, trainer
 from llavamed_jax.training.rows import Data
 from llavamed_jax.training.start import open_start
@@ -152,6 +158,35 @@ def test_broken_images_add_to_those_that_are_lost(recipe, tmp_path):
             continue
         with pytest.raises(UserError, match="6 of the 10 samples cannot be used or lose an image .3 have an unreadable image."):
             next(batches)
+
+
+@pytest.mark.parametrize("is_counted_together", [True, False])
+def test_broken_images_of_a_run_count_together_with_those_before_it_was_resumed(recipe, tmp_path, monkeypatch, is_counted_together):
+    """Six of ten, of which neither part of the run reads as many as are too many."""
+    shutil.copytree(SAMPLE / "images", tmp_path / "images")
+    (tmp_path / "images" / "broken.png").write_bytes(b"none")
+    records = [*[GOOD] * 4, *[record(image="broken.png")] * 6]
+    monkeypatch.setattr(trainer, "make_train_step", FakeStep())
+    run = lambda steps: fit(recipe(records, batch_size=2, total_steps=steps, **{"data.images": tmp_path / "images"}), tmp_path / "run")
+    assert run(2) and 0 < store.read_meta(tmp_path / "run", 2)["progress"]["unreadable"] < 6
+    if not is_counted_together:
+        monkeypatch.setattr(trainer.Run, "_check_skipped", lambda self: None)
+        assert run(5)
+        return
+    with pytest.raises(UserError, match="6 of the first 10 samples have an unreadable image, more than the allowed 50% .*; step 3 is saved"):
+        run(5)
+
+
+@pytest.mark.parametrize("unreadable, anew, seen, words", [
+    (0, 0, 0, ""), (1000, 0, 2000, ""), (1001, 0, 2000, "1001 of the first 2000"), (500, 0, 501, ""), (501, 0, 501, "501 of the first 501"),
+    (1500, 0, 3001, ""), (5000, 0, 9000, ""), (5005, 0, 9000, "1001 of the first 2000"),  # 4.5 epochs count as 5
+    (500, 500, 2000, ""), (502, 501, 2000, "1001 of the 2000 samples cannot be used or lose an image .502 have")])
+def test_counts_of_a_run_are_judged_by_the_epoch(unreadable, anew, seen, words):
+    tokens = np.ones(2000, np.int32)
+    tokens[:500] = 0
+    plan = Plan(Stream((2000,), (2000,), 0, True), Lengths(tokens, np.ones(2000, np.int16), [], 0, 0, 0), Layout(64, 1, 2, True))
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        SkipLimit(plan, 0.5).refuse_counts(unreadable, anew, seen, "torn")
 
 
 def test_validation_images_that_cannot_be_read_are_counted_and_printed(recipe, tmp_path, monkeypatch, capsys):
