@@ -134,7 +134,8 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
                              least=0, most=1024),
     "data.skip_limit": _number("the share of samples, and of images, that may be unusable before the run stops", 0.5,
                                least=0, most=1),
-    "batch_size": _integer("samples per update", more_than=0, most=2**20),
+    "batch_size": _integer("samples per update; an epoch with fewer samples is one update, unless total_steps is given",
+                           more_than=0, most=2**20),
     "micro_batches": Key((int, str), "the number of micro-batches per update; auto picks the fewest that have at most "
                                      "16,384 positions, or one row, on a device", choices=("auto",), more_than=0),
     "batch_size_may_grow": _flag("whether packed rows may make updates of other than batch_size samples, by more than "
