@@ -97,7 +97,8 @@ def _record(figure: Figure, reply: Reply, rules: str, rng: random.Random, tally:
     if not reply.text.strip():
         return None, _WITHHELD if reply.finish_reason == "content_filter" else _EMPTY
     is_ours = rules == "ours"
-    turns = read_turns(reply.text, reply.finish_reason == "length") if is_ours else read_original(reply.text, rng)
+    turns = (read_turns(reply.text, reply.finish_reason == "length", figure.caption) if is_ours
+             else read_original(reply.text, rng))
     for question, answer, reason in turns.lost:
         tally.dropped_pairs[reason] += 1
         tally.lost.append({"pair_id": figure.pair_id, "reason": reason, "question": question, "answer": answer})

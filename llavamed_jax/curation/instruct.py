@@ -22,7 +22,6 @@ from llavamed_jax.curation.instruct_batch import Batches
 from llavamed_jax.curation.instruct_cost import Budget, Estimate, Prices, tokens_of
 from llavamed_jax.curation.json_list import check_place, write_records
 from llavamed_jax.errors import UsageError, UserError, count_of, some
-from llavamed_jax.openai_client.cache import ReplyCache
 from llavamed_jax.utils import signals, terminal
 from llavamed_jax.utils.files import to_jsonl, write_json, write_text
 from llavamed_jax.utils.progress import progress
@@ -31,6 +30,7 @@ if TYPE_CHECKING:  # it imports openai, which takes a second
     from llavamed_jax.openai_client.replies import Reply
 
 CONVERSATIONS, DROPPED, SUMMARY = "conversations.json", "dropped.jsonl", "summary.json"
+_MOST_IN_VAIN = 16  # replies without content in a row, after which asking on only costs money
 _GRACE_S = 30.0
 
 
@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int | None:
         return _Run(args, figures, prompt, prices, None, None).finish(out, _result)
     settings = {"model": args.model, "prompt": prompt.wording, "mentions": not args.without_mentions,
                 "max_tokens": args.max_tokens, "temperature": args.temperature}
-    with instruct_folder.opened(out, settings, not args.dry_run) as replies:
-        made = _Run(args, figures, prompt, prices, replies, Batches(out))
+    with instruct_folder.opened(out, settings, not args.dry_run) as kept:
+        made = _Run(args, figures, prompt, prices, kept, Batches(out, settings, kept.again))
         estimate = made.estimate()
         print(estimate, flush=True)
         if args.dry_run:
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int | None:
             made.read_batch()
         else:
             made.ask(service, estimate)
-        return made.finish(out, lambda figure: replies.get(made.key(figure)))
+        return made.finish(out, lambda figure: kept.replies.get(made.key(figure)))
 
 
 def _result(figure: Figure) -> Reply | None:
@@ -138,12 +138,13 @@ class _Run:
     """One start of the command."""
 
     def __init__(self, args: argparse.Namespace, figures: FigureFile, prompt: instruct_prompt.InstructPrompt,
-                 prices: Prices, replies: ReplyCache | None, batches: Batches | None):
+                 prices: Prices, kept: instruct_folder.Folder | None, batches: Batches | None):
         self.args, self.figures, self.prompt, self.prices = args, figures, prompt, prices
-        self.replies, self.batches = replies, batches
+        self.folder, self.replies, self.batches = kept, kept and kept.replies, batches
         self.budget = Budget(args.budget, prices, args.max_tokens)
         self.failed: dict[str, UserError] = {}
-        self.why_stopped = ""
+        self.why_stopped = self.why_useless = ""
+        self._in_vain = 0  # replies without content in a row
 
     def chosen(self) -> Iterator[Figure]:
         """Yields the figures of this run, in the order in which they are asked about."""
@@ -163,7 +164,7 @@ class _Run:
                 if (key := self.key(figure)) not in self.replies and not self.batches.is_pending(key))
 
     def estimate(self) -> Estimate:
-        """Estimates what the rest costs, and adds the cost of all kept replies and batches to the budget."""
+        """Estimates what the rest costs, and adds the cost of all kept replies, batches and losses to the budget."""
         found = Estimate(max_tokens=self.args.max_tokens, prices=self.prices)
         others, tokens = {*self.replies.keys(), *self.batches.keys()}, 0
         for figure in self.chosen():
@@ -172,6 +173,9 @@ class _Run:
             if not self._pay(key, tokens, found):
                 found.requests += 1
                 found.prompt_tokens += tokens
+        for _, prompt, answer in self.folder.lost:
+            self.budget.pay_tokens(prompt, answer)
+        found.lost = len(self.folder.lost)
         before = found.kept, found.pending
         for key in sorted(others):  # of figures that have changed since, or that this run leaves out
             self._pay(key, tokens, found)
@@ -224,7 +228,13 @@ class _Run:
                 asked[number] = figure
                 yield number, messages
 
-        found = service.each(requests(), max_tokens=self.args.max_tokens, temperature=self.args.temperature)
+        def lost(number: int, counts: tuple[int, int] | None) -> bool:
+            figure = asked[number]
+            tokens, is_room = self.budget.lose(figure.pair_id, counts)
+            self.folder.lose(self.key(figure), *tokens)
+            return is_room
+
+        found = service.each(requests(), max_tokens=self.args.max_tokens, temperature=self.args.temperature, lost=lost)
         with contextlib.closing(found):
             for number, reply in found:
                 figure = asked.pop(number)
@@ -235,7 +245,13 @@ class _Run:
                 else:
                     self.replies.add(self.key(figure), reply)
                     self.budget.settle(name, reply)
+                    self._in_vain = self._in_vain + 1 if instruct_folder.has_no_content(reply) else 0
                 advance(1)
+                if self._in_vain == _MOST_IN_VAIN:
+                    self.why_useless = (f"{_MOST_IN_VAIN} replies in a row have no content (finish_reason of the last: "
+                                        f"{reply.finish_reason}); a higher --max_tokens, with which they are asked for "
+                                        "again, or another model was expected")
+                    return False
         if not is_short:
             return False
         next_figure = next((each for each in self.left() if each.pair_id not in self.failed), None)
@@ -277,7 +293,7 @@ class _Run:
 
     def read_batch(self) -> None:
         """Reads the results of batches into the replies."""
-        outcome = self.batches.read(map(Path, self.args.batch_results), self.replies)
+        outcome = self.batches.read(map(Path, self.args.batch_results), self.folder)
         print("results: " + (", ".join(f"{count:,} {name}" for name, count in outcome.items()) or "none"), flush=True)
 
     def finish(self, out: Path, reply_of: Callable[[Figure], Reply | None]) -> int | None:
@@ -294,7 +310,9 @@ class _Run:
                 "replies": tally.figures, "conversations": tally.records, "pairs": tally.pairs,
                 "dropped_pairs": tally.dropped_pairs, "replies_without_a_conversation": tally.dropped_figures,
                 "images_lost": tally.images_lost, "not_answered": len(self.failed), "prompt_tokens": tokens[0],
-                "completion_tokens": tokens[1], "dollars": dollars, "rules": self.args.rules, "seed": self.args.seed,
+                "completion_tokens": tokens[1], "dollars": dollars,
+                "paid_without_a_reply": len(self.folder.lost) if self.folder is not None else 0,
+                "rules": self.args.rules, "seed": self.args.seed,
             })  # fmt: skip
         except OSError as error:
             raise UserError(f"{out / SUMMARY} cannot be written: {error.strerror or error}") from error
@@ -308,6 +326,8 @@ class _Run:
             first = next(iter(self.failed.values()))
             raise UserError(self.kept(f"{count_of(len(self.failed), 'figure was', 'figures were')} not answered "
                                       f"({names}): {first}"))
+        if self.why_useless:
+            raise UserError(self.kept(self.why_useless))
         if self.why_stopped:
             print(self.kept(self.why_stopped), file=sys.stderr)
             return signals.EXIT_SAVED

@@ -1,7 +1,8 @@
 """Writes and reads the files of OpenAI's batch service, which `vllm run-batch` takes too.
 
 A request file has one request a line, at most 50,000 and at most 200 MB. Its `custom_id` is the key of the question
-(`InstructPrompt.key`). A question that is in a request file is pending until its result has been read: it is neither
+(`InstructPrompt.key`) with a hash of the run's settings, so that a result of another run is not taken for this one's.
+A question that is in a request file is pending until its result has been read: it is neither
 written again nor asked online, so nothing is paid for twice. A failed result makes its question free again. A request
 file that was never sent is undone by removing it.
 """
@@ -9,20 +10,26 @@ file that was never sent is undone by removing it.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llavamed_jax.curation.figure_file import Figure
+from llavamed_jax.curation.instruct_cost import tokens_of
+from llavamed_jax.curation.instruct_folder import Folder, lines_of
 from llavamed_jax.errors import UserError, cut, warn
-from llavamed_jax.openai_client.cache import ReplyCache
-from llavamed_jax.utils.files import open_file, recover_jsonl, write_whole
+from llavamed_jax.utils.files import write_whole
 from llavamed_jax.utils.hashes import sha256
+
+if TYPE_CHECKING:  # it imports openai, which takes a second
+    from llavamed_jax.openai_client.replies import PassingError
 
 MOST_REQUESTS = 50_000
 MOST_BYTES = 200_000_000
 _FAILED = "failed.jsonl"
-_LONGEST_LINE = 2**26  # bytes
+_MARK = re.compile(r"(.*)-[0-9a-f]{8}")
 
 
 class Batches:
@@ -30,6 +37,8 @@ class Batches:
 
     Args:
       folder: the folder of the run.
+      settings: the settings of the run, of which each new `custom_id` has a hash.
+      again: key -> the `max_tokens` of earlier replies without content, since which the question is asked again.
 
     Attributes:
       folder: the folder of the request files.
@@ -38,14 +47,30 @@ class Batches:
       UserError: a file cannot be read.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder / "batch"
-        self._written: Counter[str] = Counter()
+    def __init__(self, folder: Path, settings: Mapping[str, object] | None = None,
+                 again: Mapping[str, Collection[int]] | None = None):
+        self.folder, self._settings, self._again = folder / "batch", dict(settings or {}), again or {}
+        self._written: Counter[str] = Counter()  # by custom_id, as the failures
+        self._of_key: dict[str, set[str]] = {}
         for file in self.files():
-            self._written.update(_ids(file))
-        self._failures = {line["result"]: str(line["custom_id"]) for line in _lines(self.folder / _FAILED)
+            for each in _ids(file):
+                self._add(each)
+        self._failures = {line["result"]: str(line["custom_id"]) for line in lines_of(self.folder / _FAILED)
                           if isinstance(line, dict) and {"result", "custom_id"} <= line.keys()}
         self._num_failures = Counter(self._failures.values())
+
+    def _add(self, identity: str) -> None:
+        self._written[identity] += 1
+        self._of_key.setdefault(_key_of(identity), set()).add(identity)
+
+    def _identity(self, key: str, **changes: object) -> str:
+        """Returns the `custom_id` of a question in a run of these settings."""
+        return f"{key}-{sha256(json.dumps(self._settings | changes, sort_keys=True, default=str))[:8]}"
+
+    def _is_over(self, identity: str) -> bool:
+        """Returns whether a question was asked again with more tokens since this request."""
+        key = _key_of(identity)
+        return any(identity == self._identity(key, max_tokens=limit) for limit in self._again.get(key, ()))
 
     def files(self) -> list[Path]:
         """Returns the request files in order."""
@@ -53,11 +78,12 @@ class Batches:
 
     def is_pending(self, key: str) -> bool:
         """Returns whether a request with a key was written that has not failed."""
-        return self._written[key] > self._num_failures[key]
+        return any(self._written[each] > self._num_failures[each] and not self._is_over(each)
+                   for each in self._of_key.get(key, ()))
 
     def keys(self) -> list[str]:
         """Returns the keys of all requests that were written."""
-        return list(self._written)
+        return list(self._of_key)
 
     def write(self, figures: Iterable[tuple[str, Figure]], body: Callable[[Figure], dict],
               most_requests: int = MOST_REQUESTS, most_bytes: int = MOST_BYTES) -> list[tuple[Path, int]]:
@@ -90,8 +116,8 @@ class Batches:
             made.append((file, len(lines)))
 
         for key, figure in figures:
-            request = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions",
-                       "body": body(figure)}
+            identity = self._identity(key)
+            request = {"custom_id": identity, "method": "POST", "url": "/v1/chat/completions", "body": body(figure)}
             line = json.dumps(request).encode() + b"\n"
             if len(line) > most_bytes:
                 raise UserError(f"the request for {cut(figure.pair_id)} has {len(line):,} bytes; at most "
@@ -101,19 +127,19 @@ class Batches:
                 lines, size = [], 0
             lines.append(line)
             size += len(line)
-            self._written[key] += 1
+            self._add(identity)
         if lines:
             flush()
         return made
 
-    def read(self, files: Iterable[Path], cache: ReplyCache) -> Counter[str]:
+    def read(self, files: Iterable[Path], kept: Folder) -> Counter[str]:
         """Reads files of results, adds the replies to the cache, and returns the number of results by outcome.
 
         A file may be read again: a result that was read before changes nothing.
 
         Args:
           files: the files of results and of errors, as the service wrote them.
-          cache: the replies of the run.
+          kept: the replies of the run, and what was lost.
 
         Raises:
           UserError: a file does not exist or cannot be read.
@@ -122,57 +148,63 @@ class Batches:
         for file in files:
             if not file.exists():
                 raise UserError(f"the file of results {file} does not exist")
-            for line in _lines(file):
-                found[self._result(line, cache)] += 1
+            for line in lines_of(file):
+                found[self._result(line, kept)] += 1
         return found
 
-    def _result(self, line: object, cache: ReplyCache) -> str:
+    def _result(self, line: object, kept: Folder) -> str:
         if not isinstance(line, dict) or not isinstance(line.get("custom_id"), str):
             return "damaged lines"
         from llavamed_jax.openai_client.replies import PassingError, read_reply  # imports openai, which takes a second
 
         name = line["custom_id"]
         if not self._written[name]:
-            return "of figures that were not in a batch"
-        if name in cache:
+            return "of questions that were not in a batch of this run"
+        if self._is_over(name):
+            return "of questions that were asked again with more tokens"
+        if _key_of(name) in kept.replies:
             return "of figures that have a reply"
         response = line.get("response") if isinstance(line.get("response"), dict) else {}
         try:
             if line.get("error") or response.get("status_code") != 200:
                 raise PassingError("failed")
-            cache.add(name, read_reply(json.dumps(response.get("body")).encode()))
-        except (PassingError, RecursionError):
-            return self._failed(line, name)
+            kept.replies.add(_key_of(name), read_reply(json.dumps(response.get("body")).encode()))
+        except PassingError as error:
+            return self._failed(line, name, kept, error)
+        except RecursionError:
+            return self._failed(line, name, kept, PassingError("nested", is_billed=True))
         return "replies"
 
-    def _failed(self, line: dict, name: str) -> str:
+    def _failed(self, line: dict, name: str, kept: Folder, error: PassingError) -> str:
         result = sha256(json.dumps(line, sort_keys=True, default=str))
         if result not in self._failures:
+            if error.is_billed:
+                kept.lose(_key_of(name), *(error.counts or self._most(name)))
             self._failures[result] = name
             self._num_failures[name] += 1
             try:
                 with open(self.folder / _FAILED, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"result": result, "custom_id": name}) + "\n")
-            except OSError as error:
-                raise UserError(f"{self.folder / _FAILED} cannot be written: {error.strerror or error}") from error
+            except OSError as why:
+                raise UserError(f"{self.folder / _FAILED} cannot be written: {why.strerror or why}") from why
         return "failures"
+
+    def _most(self, name: str) -> tuple[int, int]:
+        """Returns the tokens of a request that was written, and the most of its reply."""
+        asked = next(line["body"] for file in self.files() for line in lines_of(file)
+                     if isinstance(line, dict) and line.get("custom_id") == name)
+        return tokens_of(asked["messages"]), asked["max_completion_tokens"]
+
+
+def _key_of(name: str) -> str:
+    """Returns the key of the question in a `custom_id`."""
+    match = _MARK.fullmatch(name)
+    return match[1] if match else name
 
 
 def _ids(file: Path) -> Iterator[str]:
-    for line in _lines(file):
+    for line in lines_of(file):
         if isinstance(line, dict) and isinstance(line.get("custom_id"), str):
             yield line["custom_id"]
         else:
             warn(f"{file} has a damaged line; its figure counts as not asked")
-
-
-def _lines(path: Path) -> Iterator[object]:
-    """Yields the value of each line of a JSONL file, None for a damaged one; yields nothing if there is no file."""
-    try:
-        with open_file(path) as file:
-            while line := file.readline(_LONGEST_LINE):
-                yield from recover_jsonl(line.decode("utf-8", "replace"))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -8,6 +8,7 @@ higher.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,6 +58,7 @@ class Estimate:
       kept: number of replies that are on the disk.
       pending: number of figures that are in batch files whose results have not been read.
       others: number of replies and requests in batches for questions that this run does not ask.
+      lost: number of things that were paid for and gave no reply that is kept.
       prompt_tokens: estimated number of tokens of the prompts.
       max_tokens: the most tokens of a reply.
       prices: the prices.
@@ -66,6 +68,7 @@ class Estimate:
     kept: int = 0
     pending: int = 0
     others: int = 0
+    lost: int = 0
     prompt_tokens: int = 0
     max_tokens: int = 0
     prices: Prices = Prices()
@@ -74,6 +77,7 @@ class Estimate:
         kept = count_of(self.kept, "reply is kept", "replies are kept")
         kept += f", {count_of(self.pending, 'figure is', 'figures are')} in batches" if self.pending else ""
         kept += f", {self.others:,} to questions that this run does not ask" if self.others else ""
+        kept += f", {self.lost:,} paid for without a reply" if self.lost else ""
         if not self.requests:
             return f"no requests; {kept}"
         answers = self.requests * self.max_tokens
@@ -92,41 +96,74 @@ class Budget:
       max_tokens: the most tokens of a reply.
 
     Attributes:
-      spent: US dollars for the replies so far.
+      spent: US dollars for the replies, and for attempts without a reply, so far.
     """
 
     def __init__(self, dollars: float | None, prices: Prices, max_tokens: int):
         self.dollars, self.prices, self.max_tokens = dollars, prices, max_tokens
         self.spent, self._rate = 0.0, 1.0
         self._in_flight: dict[object, int] = {}
+        self._lock = threading.Lock()  # attempts are lost in the thread that sends them
 
     def may_send(self, key: object, prompt_tokens: int) -> bool:
         """Reserves the highest cost of a request and returns True; returns False if that exceeds the budget."""
+        with self._lock:
+            if not self._fits(self._highest(prompt_tokens)):
+                return False
+            self._in_flight[key] = prompt_tokens
+            return True
+
+    def _fits(self, more: float) -> bool:
         reserved = sum(map(self._highest, self._in_flight.values()))
-        if self.dollars is not None and self.spent + reserved + self._highest(prompt_tokens) > self.dollars:
-            return False
-        self._in_flight[key] = prompt_tokens
-        return True
+        return self.dollars is None or self.spent + reserved + more <= self.dollars
 
     def _highest(self, prompt_tokens: int) -> float:
         return self.prices.dollars(prompt_tokens * self._rate, self.max_tokens)
 
     def settle(self, key: object, reply: Reply) -> None:
         """Replaces a reservation by the cost of the reply."""
-        estimated = self._in_flight.pop(key)
-        if reply.prompt_tokens:
-            self._rate = max(self._rate, reply.prompt_tokens / estimated)
-        self.pay(reply, math.ceil(estimated * self._rate))
+        with self._lock:
+            estimated = self._in_flight.pop(key)
+            if reply.prompt_tokens:
+                self._rate = max(self._rate, reply.prompt_tokens / estimated)
+            tokens = math.ceil(estimated * self._rate)
+        self.pay(reply, tokens)
+
+    def lose(self, key: object, counts: tuple[int, int] | None) -> tuple[tuple[int, int], bool]:
+        """Pays for an attempt without a reply, and keeps the reservation for another attempt.
+
+        Args:
+          key: the request.
+          counts: tokens of prompt and reply as the server counted them; None takes those that were reserved.
+
+        Returns:
+          The tokens that are counted, and whether another attempt fits into the budget.
+        """
+        with self._lock:
+            tokens = counts or (math.ceil(self._in_flight.get(key, 0) * self._rate), self.max_tokens)
+            self.spent += self.prices.dollars(*tokens)
+            return tokens, self._fits(0.0)
 
     def free(self, key: object) -> None:
         """Gives back the reservation of a request that failed."""
-        self._in_flight.pop(key, None)
+        with self._lock:
+            self._in_flight.pop(key, None)
 
     def pay(self, reply: Reply, prompt_tokens: int) -> None:
         """Adds the cost of a reply; where the server did not count, `prompt_tokens` and the text's bytes do."""
-        answer_tokens = reply.completion_tokens or math.ceil(len(reply.text.encode("utf-8", "replace")) / BYTES_A_TOKEN)
-        self.spent += self.prices.dollars(reply.prompt_tokens or prompt_tokens, answer_tokens)
+        self.pay_tokens(reply.prompt_tokens or prompt_tokens, answer_tokens(reply))
+
+    def pay_tokens(self, prompt_tokens: float, answer: float) -> None:
+        """Adds the cost of so many tokens."""
+        with self._lock:
+            self.spent += self.prices.dollars(prompt_tokens, answer)
 
     def pay_pending(self, prompt_tokens: int) -> None:
         """Adds the highest cost of a request in a batch."""
-        self.spent += self._highest(prompt_tokens)
+        with self._lock:
+            self.spent += self._highest(prompt_tokens)
+
+
+def answer_tokens(reply: Reply) -> int:
+    """Returns the tokens of a reply; those of its bytes where the server did not count."""
+    return reply.completion_tokens or math.ceil(len(reply.text.encode("utf-8", "replace")) / BYTES_A_TOKEN)

@@ -2,7 +2,10 @@
 
 `replies.jsonl` grows by one line a reply, written before the next request is sent, and is never rewritten. So a run
 that was killed repeats at most the requests that were in flight, and no question with a reply is asked again. A figure
-whose caption or mentions have changed is another question.
+whose caption or mentions have changed is another question. `lost.jsonl` has the tokens of what was paid for and gave no
+reply: attempts that failed, and replies without content that were asked for again.
+
+A reply without content is final, unless a run with a higher `max_tokens` comes: it asks those again, and only those.
 """
 
 from __future__ import annotations
@@ -12,34 +15,127 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.curation.instruct_cost import answer_tokens
+from llavamed_jax.curation.turns import read_turns
+from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.openai_client.cache import ReplyCache
-from llavamed_jax.utils.files import read_json, write_text
+from llavamed_jax.utils.files import open_file, read_json, recover_jsonl, write_text
 from llavamed_jax.utils.locks import is_free
 
-SETTINGS, REPLIES = "settings.json", "replies.jsonl"
+if TYPE_CHECKING:  # it imports openai, which takes a second
+    from llavamed_jax.openai_client.replies import Reply
+
+SETTINGS, REPLIES, LOST = "settings.json", "replies.jsonl", "lost.jsonl"
+_LONGEST_LINE = 2**26  # bytes
+
+
+class Folder:
+    """The kept replies, and what was lost.
+
+    Args:
+      folder: the folder.
+      is_written: whether the run writes.
+
+    Attributes:
+      replies: the replies, by the key of what was asked (`InstructPrompt.key`).
+      again: key -> the `max_tokens` of its replies without content that were forgotten.
+      lost: key, tokens of the prompt and of the reply of each thing that was paid for and gave no reply.
+    """
+
+    def __init__(self, folder: Path, is_written: bool):
+        self._path, self._is_written = folder / LOST, is_written
+        self.replies = ReplyCache(folder / REPLIES, "the replies")
+        self.lost: list[tuple[str, int, int]] = []
+        self.again: dict[str, set[int]] = {}
+        for line in lines_of(self._path):
+            if not isinstance(line, dict):
+                continue
+            key, tokens = line.get("key"), [line.get(name) for name in ("prompt_tokens", "completion_tokens")]
+            if isinstance(key, str) and all(type(count) is int for count in tokens):
+                if (limit := line.get("max_tokens")) is not None:
+                    if limit in self.again.setdefault(key, set()):  # a killed run wrote it twice
+                        continue
+                    self.again[key].add(limit)
+                self.lost.append((key, *tokens))
+
+    def lose(self, key: str, prompt_tokens: int, completion_tokens: int, max_tokens: int | None = None) -> None:
+        """Writes down what was paid for without a reply. Raises UserError if the file cannot be written.
+
+        Args:
+          key: of what was asked.
+          prompt_tokens: tokens of the prompt.
+          completion_tokens: tokens of the reply.
+          max_tokens: those of a reply without content that will be asked for again; None for an attempt that failed.
+        """
+        self.lost.append((key, prompt_tokens, completion_tokens))
+        if max_tokens is not None:
+            self.again.setdefault(key, set()).add(max_tokens)
+        if not self._is_written:
+            return
+        line = {"key": key, "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+        line |= {} if max_tokens is None else {"max_tokens": max_tokens}
+        try:
+            with open(self._path, "ab") as file:
+                file.write(("" if self._is_whole() else "\n").encode() + json.dumps(line).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error.strerror or error}") from error
+
+    def _is_whole(self) -> bool:
+        """Returns whether the last line is whole; that of a killed run may not be."""
+        with open(self._path, "rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 1))
+            return not end or file.read(1) == b"\n"
+
+    def ask_again(self, max_tokens: int) -> int:
+        """Forgets the replies without content, which had at most `max_tokens`; returns their number."""
+        keys = [key for key in self.replies.keys()
+                if has_no_content(reply := self.replies.get(key)) and reply.finish_reason != "content_filter"]
+        for key in keys:
+            reply = self.replies.get(key)
+            self.lose(key, reply.prompt_tokens, answer_tokens(reply), max_tokens)
+        self.replies.forget(keys, self._is_written)
+        return len(keys)
+
+
+def lines_of(path: Path) -> Iterator[object]:
+    """Yields the value of each line of a JSONL file, None for a damaged one; yields nothing if there is no file."""
+    try:
+        with open_file(path) as file:
+            while line := file.readline(_LONGEST_LINE):
+                yield from recover_jsonl(line.decode("utf-8", "replace"))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def has_no_content(reply: Reply) -> bool:
+    """Returns whether a reply is empty, withheld, only reasoning, or cut before its first answer was complete."""
+    return not reply.text.strip() or reply.finish_reason == "length" and not read_turns(reply.text, True).pairs
 
 
 @contextlib.contextmanager
-def opened(folder: Path, settings: Mapping[str, object], is_written: bool = True) -> Iterator[ReplyCache]:
+def opened(folder: Path, settings: Mapping[str, object], is_written: bool = True) -> Iterator[Folder]:
     """Opens the folder of a run for one process at a time.
 
     Args:
       folder: the folder; made if it does not exist.
-      settings: what the replies depend on. A folder of other settings is refused.
+      settings: what the replies depend on. A folder of other settings is refused, apart from a higher `max_tokens`.
       is_written: whether the run writes; otherwise nothing is made or locked.
 
     Yields:
-      The replies, by the key of what was asked (`InstructPrompt.key`).
+      The replies.
 
     Raises:
       UsageError: the folder holds replies that were made with other settings.
       UserError: another run uses the folder, or it cannot be written.
     """
     if not is_written:
-        _check_settings(folder, settings)
-        yield ReplyCache(folder / REPLIES, "the replies")
+        limit = _check_settings(folder, settings)
+        yield _prepared(folder, limit, False)
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,22 +145,37 @@ def opened(folder: Path, settings: Mapping[str, object], is_written: bool = True
     try:
         if not is_free(descriptor, folder):
             raise UserError(f"another run is writing in {folder}; wait for it, or choose another folder")
-        _check_settings(folder, settings)
-        if not (folder / SETTINGS).exists():
+        limit = _check_settings(folder, settings)
+        found = _prepared(folder, limit, True)
+        if limit is not None or not (folder / SETTINGS).exists():
             write_text(folder / SETTINGS, _text(settings))
-        yield ReplyCache(folder / REPLIES, "the replies")
+        yield found
     finally:
         os.close(descriptor)
 
 
-def _check_settings(folder: Path, settings: Mapping[str, object]) -> None:
+def _prepared(folder: Path, limit: int | None, is_written: bool) -> Folder:
+    found = Folder(folder, is_written)
+    if limit is not None:
+        count = found.ask_again(limit)
+        print(f"--max_tokens was {limit}: {count_of(count, 'reply', 'replies')} without content are asked for again",
+              flush=True)
+    return found
+
+
+def _check_settings(folder: Path, settings: Mapping[str, object]) -> int | None:
+    """Returns the `max_tokens` of the folder if those of the settings are more, else None."""
     if not (folder / SETTINGS).exists():
-        return
+        return None
     found = read_json(folder / SETTINGS)
+    limit = found.get("max_tokens")
+    is_more = type(limit) is int and limit < settings.get("max_tokens", 0)
     for name, value in settings.items():
-        if found.get(name) != value:
+        if found.get(name) != value and not (name == "max_tokens" and is_more):
+            same = "the same value, more," if name == "max_tokens" else "the same value,"
             raise UsageError(f"{folder} holds replies that were made with {name} {found.get(name)!r}; now it is "
-                             f"{value!r}: the same value, or another folder, was expected")
+                             f"{value!r}: {same} or another folder, was expected")
+    return limit if is_more else None
 
 
 def _text(settings: Mapping[str, object]) -> str:

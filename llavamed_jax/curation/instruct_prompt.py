@@ -22,7 +22,7 @@ from llavamed_jax.utils.hashes import sha256
 OWN = Path(__file__).parent / "prompts" / "instruct.txt"
 _HEADING = re.compile(r"^\[\[(.*)\]\][ \t\r]*$", re.MULTILINE)
 _LARGEST = 2**24  # bytes
-_LONGEST_KEY, _DIGITS = 64, 16
+_LONGEST_KEY, _DIGITS = 55, 16  # with a hash of the settings it is a `custom_id` of at most 64 characters
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class InstructPrompt:
     def key(figure: Figure, has_mentions: bool = True) -> str:
         """Returns the key of what is asked about a figure: of its `pair_id` and the text of its request.
 
-        A figure whose caption, label or mentions have changed has another key. The key is printable ASCII of at most 64
-        characters, so that it may be the `custom_id` of a batch service.
+        A figure whose caption, label or mentions have changed has another key. The key is printable ASCII of at most 55
+        characters, so that it may stand in the `custom_id` of a batch service.
         """
         asked = sha256(repr((figure.pair_id, _asked(figure, has_mentions))))
         name = figure.pair_id

@@ -1,8 +1,9 @@
 """Reads a model's reply as pairs of a question and an answer, and drops the pairs that must not be trained on.
 
 These are this project's rules. A role counts only at the beginning of a line, so that `User:` inside a sentence splits
-nothing. A pair is dropped if it is incomplete, if the answer refuses, or if question or answer names the text that the
-model was given ("according to the caption"): nobody who looks at the image could say that. Words are removed in one
+nothing. A pair is dropped if it is incomplete, if the answer refuses, if question or answer names the text that the
+model was given ("according to the caption"), or if the answer repeats twelve words of the caption in a row: nobody who
+looks at the image could say that. Words are removed in one
 case only, a lead-in about the image ("In the context of the image provided, …"), and no letter changes its case except
 the first one of what follows. `original_rules` has the rules of LLaVA-Med's own code.
 """
@@ -24,9 +25,12 @@ NO_QUESTION = "answer without a question"
 QUOTES = "names the caption or the text"
 REFUSES = "refuses or says that no image is there"
 REPEATED = "question asked before"
+MOST_WORDS = 11  # of the caption in a row that an answer may repeat
+COPIES = f"repeats more than {MOST_WORDS} words of the caption"
 
-_ROLE = re.compile(r"^[ \t#>*_-]*(User|Human|Assistant)[ \t]*\d*[ \t]*[*_]*[ \t]*[::][ \t]*[*_]*",
-                   re.IGNORECASE | re.MULTILINE)
+_ROLE = re.compile(
+    r"^[ \t#>*_<\[(-]*+(?:\d{1,3}[.):][ \t]*[*_<\[(]*+)?(User|Human|Assistant)[ \t]*\d*[ \t]*[*_>\])]*[ \t]*"
+    r"[:\uff1a][ \t]*[*_>\])]*", re.IGNORECASE | re.MULTILINE)
 _FENCE = re.compile(r"^[ \t]*```\w*[ \t]*$", re.MULTILINE)
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
@@ -58,7 +62,7 @@ _QUOTES = re.compile("|".join((
     rf"\b{_SAYS} (?:in|by) (?:the|this|that|your) (?:\w+ ){{0,2}}(?:descriptions?|information|{_TEXT}|authors?)\b",
     rf"\b(?:provided|given|additional|accompanying|supplied|above|{_IMAGE}|textual) {_TEXT}\b",
     r"\b(?:provided|given|supplied|accompanying|textual) information\b",
-    r"\binformation (?:provided|given|supplied)\b",
+    r"\binformation (?:provided|given|supplied)\b(?! by\b)",  # a scan may give what no other scan gives
     rf"\b(?:the|this|that|your) (?:\w+ ){{0,2}}{_TEXT} (?:\w+ )?{_SAYS}\b",
     rf"\b(?:according to|based on) (?:the|this|that|your) (?:\w+ ){{0,2}}(?:{_TEXT}|authors?)\b",
     rf"\bthe (?:authors?|researchers?|investigators?) (?:\w+ )?{_SAYS}\b",
@@ -87,17 +91,19 @@ class Turns:
         return Counter(reason for _, _, reason in self.lost)
 
 
-def read_turns(text: str, is_cut: bool = False) -> Turns:
+def read_turns(text: str, is_cut: bool = False, caption: str = "") -> Turns:
     """Reads the pairs of a reply and drops those that must not be trained on.
 
     Args:
       text: the reply. Text before the first turn is ignored.
       is_cut: whether the reply ended at the token limit; then its last pair is dropped.
+      caption: the caption that the model was given; an answer that repeats 12 of its words in a row is dropped.
     """
-    found, asked = Turns(), set()
+    found, asked, runs = Turns(), set(), _runs(caption)
     pairs = list(_pairs(_clean(text)))
     for number, (question, answer) in enumerate(pairs):
         reason = (CUT if is_cut and number == len(pairs) - 1 else _reason(question, answer)
+                  or (COPIES if runs and not runs.isdisjoint(_runs(answer)) else None)
                   or (REPEATED if _folded(question) in asked else None))
         if reason is not None:
             found.lost.append((question or "", answer or "", reason))
@@ -144,6 +150,12 @@ def _reason(question: str | None, answer: str | None) -> str | None:
     if _REFUSES.search(answer):
         return REFUSES
     return QUOTES if _QUOTES.search(question) or _QUOTES.search(answer) else None
+
+
+def _runs(text: str) -> set[tuple[str, ...]]:
+    """Returns each run of 12 words of a text, in lower case and without signs."""
+    words = re.findall(r"\w+", text.casefold())
+    return {tuple(words[place:place + MOST_WORDS + 1]) for place in range(len(words) - MOST_WORDS)}
 
 
 def _has_words(text: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.utils.files import read_bytes, recover_jsonl
+from llavamed_jax.utils.files import read_bytes, recover_jsonl, write_text
 from llavamed_jax.utils.hashes import sha256
 
 if TYPE_CHECKING:  # at run time it would import the client
@@ -65,6 +65,15 @@ class ReplyCache:
         from llavamed_jax.openai_client.replies import Reply
 
         return Reply(**self._lines[key]) if key in self._lines else None
+
+    def forget(self, keys: Sequence[str], is_written: bool) -> None:
+        """Removes replies from the memory and, if `is_written`, from the file. Raises UserError if that fails."""
+        for key in keys:
+            del self._lines[key]
+        if keys and is_written:
+            text = "".join(json.dumps({"key": each} | kept) + "\n" for each, kept in self._lines.items())
+            write_text(self.path, text)
+            self._is_whole = True
 
     def add(self, key: str, reply: Reply) -> None:
         """Stores a reply under a key, in memory and in the file. Raises UserError if the file cannot be written."""

@@ -36,6 +36,7 @@ from llavamed_jax.errors import UsageError, UserError, cut, short
 from llavamed_jax.openai_client.address import read_address
 from llavamed_jax.openai_client.bounded import BoundedClient, RedirectError, TooLargeError, UnreadableError
 from llavamed_jax.openai_client.replies import (
+    BilledError,
     PassingError,
     Reply,
     ServiceError,
@@ -121,7 +122,9 @@ class Service:
         self._replies = self._failed_in_a_row = 0
 
     def each(self, requests: Iterable[tuple[int, list[dict]]], *, max_tokens: int, temperature: float,
-             seed: int | Callable[[int], int] | None = None) -> Iterator[tuple[int, Reply | UserError]]:
+             seed: int | Callable[[int], int] | None = None,
+             lost: Callable[[int, tuple[int, int] | None], bool] | None = None,
+             ) -> Iterator[tuple[int, Reply | UserError]]:
         """Yields the replies, each as it comes; closing the iterator cancels the requests in flight.
 
         Args:
@@ -130,6 +133,8 @@ class Service:
           max_tokens: the most tokens of a reply.
           temperature: temperature of sampling; 0 is greedy.
           seed: seed of sampling; a function returns the seed of each request from its number.
+          lost: is called in another thread after each attempt that may have been billed and gave no reply, with the
+            request's number and its tokens if the server counted them; returns whether another attempt may be paid.
 
         Yields:
           The number, and the reply or the error of this request.
@@ -150,8 +155,8 @@ class Service:
                         drawn = seed(number) if callable(seed) else seed
                         settings = {"max_tokens": max_tokens, "temperature": temperature} | (
                             {} if drawn is None else {"seed": drawn})
-                        thread.submit(number, lambda client, gate, m=messages, s=settings: self._ask(
-                            client, gate, m, s))
+                        thread.submit(number, lambda client, gate, n=number, m=messages, s=settings: self._ask(
+                            client, gate, m, s, lambda counts: lost is None or lost(n, counts)))
                         under_way += 1
                 if not under_way:
                     return
@@ -184,7 +189,7 @@ class Service:
         return client, asyncio.Semaphore(self.concurrency if self._is_open else 1)
 
     async def _ask(self, client: openai.AsyncOpenAI, gate: asyncio.Semaphore, messages: list[dict],
-                   settings: dict) -> Reply | UserError:
+                   settings: dict, lost: Callable) -> Reply | UserError:
         """Returns the reply to one request, after as many attempts as needed, or its error."""
         for attempt in itertools.count():
             try:
@@ -193,10 +198,13 @@ class Service:
                 return error
             except UserError as error:
                 self._open(gate)
+                if isinstance(error, BilledError):
+                    lost(None)
                 return self._failed(error)
             except PassingError as error:
                 self._open(gate)
-                if attempt == self.retries:
+                may_go_on = lost(error.counts) if error.is_billed else True
+                if attempt == self.retries or not may_go_on:
                     return self._failed(UserError(f"{self.where} was asked {attempt + 1} times without success; last: "
                                                   f"{self._clean(error)}"))
                 self._count_again(error)
@@ -227,9 +235,9 @@ class Service:
             except RedirectError as error:
                 raise ServiceError(f"{self.where} cannot be asked: {self._clean(error)}") from None
             except TooLargeError as error:  # another attempt would be as large
-                raise UserError(f"{self.where}: {self._clean(error)}") from None
+                raise BilledError(f"{self.where}: {self._clean(error)}") from None
             except UnreadableError as error:
-                raise PassingError("unreadable", self._clean(error)) from None
+                raise PassingError("unreadable", self._clean(error), is_billed=True) from None
             except openai.APIStatusError as error:
                 if (empty := withheld(error)) is not None:
                     return empty
@@ -242,8 +250,10 @@ class Service:
                 if is_absent and not self._replies:
                     raise ServiceError(f"{self.where} cannot be reached: {reason}") from None
                 if isinstance(error, (TimeoutError, openai.APITimeoutError)):
-                    raise PassingError("no reply in time", f"it gave no reply within {self.timeout:g} s") from None
-                raise PassingError("connection lost", f"the connection failed: {reason}") from None
+                    raise PassingError("no reply in time", f"it gave no reply within {self.timeout:g} s",
+                                       is_billed=not is_absent) from None
+                raise PassingError("connection lost", f"the connection failed: {reason}",
+                                   is_billed=not is_absent) from None
             except PassingError:
                 raise
             except Exception as error:  # the client may raise anything for an odd request or reply

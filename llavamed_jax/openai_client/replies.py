@@ -55,11 +55,18 @@ class PassingError(Exception):
       kind: a few words by which failures are counted.
       reason: the end of a sentence.
       retry_after: seconds that the server asks to wait; None if it does not ask.
+      is_billed: whether the server may have made a reply, which costs money.
+      counts: tokens of prompt and reply, if the server counted them.
     """
 
-    def __init__(self, kind: str, reason: str = "", retry_after: float | None = None):
+    def __init__(self, kind: str, reason: str = "", retry_after: float | None = None, is_billed: bool = False,
+                 counts: tuple[int, int] | None = None):
         super().__init__(reason or kind)
-        self.kind, self.retry_after = kind, retry_after
+        self.kind, self.retry_after, self.is_billed, self.counts = kind, retry_after, is_billed, counts
+
+
+class BilledError(UserError):
+    """A request failed for good, and the server may have made a reply."""
 
 
 def read_reply(body: bytes, secrets: Secrets = _NOTHING_SECRET) -> Reply:
@@ -80,11 +87,14 @@ def read_reply(body: bytes, secrets: Secrets = _NOTHING_SECRET) -> Reply:
         data = json.loads(body)
     except (ValueError, RecursionError):  # RecursionError for thousands of brackets
         told = _cut(body.decode("utf-8", "replace"), secrets) or "it is empty"
-        raise PassingError("no JSON", f"its reply is not JSON: {told}") from None
+        raise PassingError("no JSON", f"its reply is not JSON: {told}", is_billed=True) from None
+    counts = _counts(data)
+    billed = {"is_billed": True, "counts": counts if any(counts) else None}
     choices = data.get("choices") if isinstance(data, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         told = server_message(data, secrets)
-        raise PassingError("no choices", f"its reply has no choices: {told}" if told else "its reply has no choices")
+        raise PassingError("no choices", f"its reply has no choices: {told}" if told else "its reply has no choices",
+                           **billed)
     message, finish = choices[0].get("message"), choices[0].get("finish_reason") or "stop"
     finish = _cut(finish if isinstance(finish, str) else _dumped(finish), secrets, _LONGEST_FINISH) or "stop"
     text = _text(message) if isinstance(message, dict) else None
@@ -93,11 +103,16 @@ def read_reply(body: bytes, secrets: Secrets = _NOTHING_SECRET) -> Reply:
     if not text and isinstance(message, dict) and any(message.get(key) for key in _REASONING):
         text, finish = "", "reasoning_only" if finish == "stop" else finish
     if text is None:
-        raise PassingError("no text", f"its reply has no text (finish_reason {finish})")
-    usage = data.get("usage") if isinstance(data.get("usage"), dict) else {}
-    prompt, completion = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
-    counts = (count if type(count) is int and 0 <= count < _MOST_TOKENS else 0 for count in (prompt, completion))
+        raise PassingError("no text", f"its reply has no text (finish_reason {finish})", **billed)
     return Reply(secrets.clean(text), finish, *counts)
+
+
+def _counts(data: object) -> tuple[int, int]:
+    """Returns the tokens of prompt and reply as the server counted them; 0 if it does not say."""
+    usage = data.get("usage") if isinstance(data, dict) and isinstance(data.get("usage"), dict) else {}
+    prompt, completion = (count if type(count) is int and 0 <= count < _MOST_TOKENS else 0
+                          for count in (usage.get(name) for name in ("prompt_tokens", "completion_tokens")))
+    return prompt, completion
 
 
 def _text(message: Mapping) -> str | None:

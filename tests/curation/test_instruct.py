@@ -24,7 +24,7 @@ from llavamed_jax.openai_client.replies import Reply
 from llavamed_jax.pipeline import lengths
 from llavamed_jax.processor import Processor
 from tests.support.figure_records import conversation, figure, number_of, server, write_lines
-from tests.support.openai_server import FAULTS, OpenAiServer
+from tests.support.openai_server import FAULTS, OpenAiServer, Raw
 
 SAMPLES = Path(__file__).resolve().parents[2] / "samples" / "vqa_rad"
 
@@ -189,10 +189,11 @@ def test_batch_files_stay_within_their_limits(tmp_path):
     assert all(file.stat().st_size <= 7000 for file, _ in files)
     with pytest.raises(UserError, match="at most 100 were expected"):
         batches.write(figures, lambda each: {"text": "x" * 100}, most_bytes=100)
-    strange = [figure(1)["pair_id"], "x" * 48, "ünï", "x" * 47]
+    strange = [figure(1)["pair_id"], "x" * 39, "ünï", "x" * 38]
     keys = [read_instruct_prompt().key(Figure(each, "", "c")) for each in strange]
     assert [key.startswith(f"{each}-") for key, each in zip(keys, strange)] == [True, False, False, True]
-    assert all(len(key) <= 64 and key.isascii() for key in keys)
+    assert all(len(key) <= 55 and key.isascii() for key in keys)
+    assert all(len(json.loads(line)["custom_id"]) <= 64 for file, _ in files for line in file.read_text(encoding="utf-8").splitlines())
 
 
 @pytest.mark.parametrize("changes", [{"fig_caption": "Caption number 1, corrected."}, {"in_text_mention": ["Finding 1 is gone."]}, {"fig_label": "Fig. 9"}])
@@ -231,8 +232,8 @@ def test_the_budget_stops_before_it_is_exceeded(tmp_path, capsys):
     prices = ["--price_prompt", "1000", "--price_answer", "1000", "--max_tokens", "100"]  # 7 and 10 to 20 tokens are counted
     with server() as found:
         assert command_line.main(words(tmp_path, found.url, *prices, "--dry_run")) == 0
-        said = capsys.readouterr().out
-        assert "40 requests; 0 replies are kept; about" in said and "US dollars" in said and not (tmp_path / "out").exists()
+        dry = capsys.readouterr().out
+        assert "40 requests; 0 replies are kept; about" in dry and not (tmp_path / "out").exists()
         assert command_line.main(words(tmp_path, found.url, *prices, "--budget", "1")) == 75  # not even one
         assert not found.log
         assert "the budget of 1.00 US dollars allows no further request; 0 replies are kept" in capsys.readouterr().err
@@ -242,6 +243,97 @@ def test_the_budget_stops_before_it_is_exceeded(tmp_path, capsys):
         assert len(made(tmp_path)) == spent["conversations"] > 0
         assert command_line.main(words(tmp_path, found.url, *prices, "--budget", "100")) == 0
         assert len(found.log) == 40
+        tokens = sum(-(-len(each["content"].encode()) // 4) + 4 for logged in found.log for each in logged.body["messages"])
+    assert f"about {tokens:,} prompt tokens (one per 4 bytes) and at most 4,000 reply tokens" in dry
+    assert f"at most {(tokens + 4000) / 1000:,.2f} US dollars" in dry and tokens > 40 * 1000
+
+
+def costs(tmp_path):
+    return [(line["prompt_tokens"], line["completion_tokens"]) for line in map(json.loads, (tmp_path / "out/lost.jsonl").read_text(encoding="utf-8").splitlines())]
+
+
+@pytest.mark.parametrize(("answer", "lost"), [
+    (lambda body: {"choices": []}, None), (lambda body: {"choices": [{"message": {}}], "usage": {"prompt_tokens": 900, "completion_tokens": 50}}, (900, 50)),
+    (lambda body: Raw.response(b"<html>"), None), (lambda body: Raw.response(b'{"choices"', headers={"Content-Length": "999"}), None),
+    (lambda body: Raw.response(b"", pause=9), None), (lambda body: Raw.response(b'{"error": {"message": "busy"}}', "500 Oops"), ())])
+def test_attempts_that_were_paid_for_in_vain_count(tmp_path, fast, capsys, answer, lost):
+    """At the tokens that the server reports, else at those that were reserved; also in later runs. A status of failure costs nothing."""
+    write_lines(tmp_path / "figures.jsonl", [figure(0)])
+    argv = ["--price_prompt", "0", "--price_answer", "10000", "--max_tokens", "100"]  # 1 US dollar at most
+    with OpenAiServer(answer) as found:
+        def go(budget):
+            words_of_it = words(tmp_path, found.url, *argv, "--budget", budget)
+            for flag, value in (("--retries", "3"), ("--timeout", "1.5")):
+                words_of_it[words_of_it.index(flag) + 1] = value
+            return command_line.main(words_of_it)
+
+        assert go("3.2") == 1
+        if lost == ():
+            assert len(found.log) == 4 and not (tmp_path / "out/lost.jsonl").exists()
+            return
+        each = 0.5 if lost else 1.0
+        attempts = min(4, int((3.2 - 1) / each) + 1)  # the next one might cost one dollar
+        assert len(found.log) <= attempts == len(costs(tmp_path))  # one that was not accepted in time counts too
+        assert all(tokens == lost if lost else tokens[1] == 100 and tokens[0] > 1000 for tokens in costs(tmp_path))
+        assert go("3.2") == (75 if not lost else 1) and len(costs(tmp_path)) == attempts + (1 if lost else 0)
+    assert f"{attempts} paid for without a reply" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/summary.json").read_text())["paid_without_a_reply"] == len(costs(tmp_path))
+
+
+def empty(finish, text="", **message):
+    return lambda body: {"id": "x", "object": "chat.completion", "created": 1, "model": "tiny", "usage": {"prompt_tokens": 7, "completion_tokens": 9},
+                         "choices": [{"index": 0, "message": {"role": "assistant", "content": text} | message, "finish_reason": finish}]}
+
+
+@pytest.mark.parametrize("answer", [empty("length"), empty("stop", reasoning_content="hm"), empty("length", "User: What is th"), empty("stop"), empty("content_filter")])
+def test_replies_without_content_end_a_run_and_more_tokens_ask_them_again(tmp_path, capsys, answer):
+    write_lines(tmp_path / "figures.jsonl", [figure(20 * n) for n in range(22)])
+    is_short = [True]
+    with OpenAiServer(lambda body: answer(body) if is_short[0] and number_of(body) >= 60 else conversation(body)) as found:
+        go = lambda tokens: command_line.main(words(tmp_path, found.url, "--max_tokens", tokens, concurrency=1))
+        assert go("64") == 1 and "16 replies in a row have no content" in capsys.readouterr().err
+        assert len(made(tmp_path)) == 3 and 19 <= len(found.log) <= 21
+        kept, before = len(ReplyCache(tmp_path / "out/replies.jsonl")), len(found.log)
+        assert go("32") == 2 and "the same value, more, or another folder" in capsys.readouterr().err
+        is_short[0] = False
+        assert command_line.main(words(tmp_path, found.url, "--max_tokens", "128", "--dry_run")) == 0
+        assert len(ReplyCache(tmp_path / "out/replies.jsonl")) == kept and json.loads((tmp_path / "out/settings.json").read_text())["max_tokens"] == 64
+        assert go("128") == 0
+        again = 0 if answer(None)["choices"][0]["finish_reason"] == "content_filter" else kept - 3
+        assert len(found.log) - before == 22 - kept + again and len(made(tmp_path)) == 22 - (kept - 3 - again)
+        assert costs(tmp_path) == [(7, 9)] * again if again else not (tmp_path / "out/lost.jsonl").exists()
+        assert go("128") == 0 and len(found.log) - before == 22 - kept + again
+        assert command_line.main(words(tmp_path, found.url, "--max_tokens", "128", "--temperature", "1")) == 2
+
+
+def test_results_of_another_run_are_not_taken(tmp_path, capsys):
+    """Other settings, another folder; and after more tokens, the results of before."""
+    write_lines(tmp_path / "figures.jsonl", [figure(0), figure(1)])
+
+    def batch(out, tokens, text=None):
+        before = {*(tmp_path / out / "batch").glob("requests-*")}
+        assert command_line.main(words(tmp_path, None, "--batch", "write", "--max_tokens", tokens, out=out)) == 0
+        requests = [json.loads(line) for file in {*(tmp_path / out / "batch").glob("requests-*")} - before for line in file.read_text(encoding="utf-8").splitlines()]
+        body = lambda asked: empty("length")(asked) if text is None else empty("stop", text)(asked)
+        results = tmp_path / f"{out}-{tokens}.jsonl"
+        results.write_text("".join(json.dumps({"custom_id": each["custom_id"], "error": None, "response": {"status_code": 200, "body": body(each["body"])}}) + "\n"
+                                   for each in requests), encoding="utf-8")
+        return results, len(requests)
+
+    def read(out, tokens, *files):
+        capsys.readouterr()
+        assert command_line.main(words(tmp_path, None, "--batch", "read", "--batch_results", *map(str, files), "--max_tokens", tokens, out=out)) == 0
+        return capsys.readouterr().out
+
+    pair = "User: What?\n\nAssistant: A nodule."
+    (one, _), (other, _) = batch("out", "64"), batch("other", "32", pair)
+    assert "2 of questions that were not in a batch of this run" in read("out", "64", other)
+    assert "results: 2 replies" in read("out", "64", one) and not made(tmp_path)
+    again, count = batch("out", "128", pair)
+    results = again.read_text(encoding="utf-8")
+    assert count == 2 and batch("out", "128", pair)[1] == 0  # they are pending now
+    again.write_text(results, encoding="utf-8")
+    assert "2 of questions that were asked again with more tokens, 2 replies" in read("out", "128", one, again) and len(made(tmp_path)) == 2
 
 
 def test_a_batch_stays_within_the_budget(tmp_path, capsys):

@@ -78,7 +78,7 @@ def test_the_original_splits_at_every_role():
     "A biopsy may give additional information.", "In the context of sepsis, this is likely.", "It can be described as round.",
     "Based on the image, it is a CT scan.", "The legend shows the colors.", "A description of the lesion: round and dark.",
     "The posterior segment cannot be seen.", "The arrow indicates the lesion.", "Panel A:\nB: text labels are visible.",
-    "The patient said \"User: stop\" in the drawing.",
+    "The patient said \"User: stop\" in the drawing.", "It has information provided by no other scan.", "The slice gives information supplied by the T2 signal.",
 ])
 def test_answers_about_the_image_stay_as_they_are(answer):
     assert read_turns(reply(answer)) == turns.Turns([("What is shown 0?", answer)], [])
@@ -115,6 +115,21 @@ def test_turns_in_odd_forms():
     assert read_turns('{"conversation": [') == turns.Turns()
 
 
+@pytest.mark.parametrize("form", ["1. {}: ", "2) {}: ", "<{}>: ", "[{}]: ", "1. **{}:** ", "({}): ", "**<{}>**: ", "3: {}: ", "- {} 1: ", "**[{}]:** "])
+def test_turns_with_numbers_and_brackets(form):
+    text = "\n\n".join(form.format(role) + said for role, said in (("User", "What is it?"), ("Assistant", "1. A CT.\n2. Of the head."), ("User", "Where?"), ("Assistant", "Left.")))
+    assert read_turns(text) == turns.Turns([("What is it?", "1. A CT.\n2. Of the head."), ("Where?", "Left.")], [])
+
+
+@pytest.mark.parametrize(("words", "is_kept"), [(11, True), (12, False), (20, False)])
+def test_an_answer_that_copies_the_caption_is_dropped(words, is_kept):
+    caption = "Axial CT (a, arrow) of a 45-year-old man: a large mass in the left lobe of the liver, with calcification and without fat."
+    copied = " ".join(caption.upper().replace("(", "").split()[3:3 + words - 2])  # 45-year-old is three words
+    found = read_turns(reply("A nodule.", f"It shows {copied}; nothing else."), caption=caption)
+    assert len(found.pairs) == 1 + is_kept and found.dropped == ({} if is_kept else {turns.COPIES: 1})
+    assert read_turns(reply(f"It shows {copied}.")).pairs and not turns._runs("one two")
+
+
 def test_a_lead_in_is_removed_and_abbreviations_keep_their_case():
     for text, wanted in {
         "In the context of the image provided, mRNA is stained.": "mRNA is stained.",
@@ -126,7 +141,8 @@ def test_a_lead_in_is_removed_and_abbreviations_keep_their_case():
 
 
 @pytest.mark.parametrize("text", ["-" * 100_000, "\n" * 100_000 + "x", "#" * 50_000 + "User", "User:" * 20_000, "the " * 30_000,
-                                  "User: a\n\nAssistant: " + "description " * 20_000, "User:\n" * 20_000, " " * 100_000 + "\nx"])
+                                  "User: a\n\nAssistant: " + "description " * 20_000, "User:\n" * 20_000, " " * 100_000 + "\nx",
+                                  "*" * 100_000 + "1. " + "<" * 100_000])
 def test_hostile_replies_take_no_time(text):
     begun = time.process_time()
     read_turns(text)
