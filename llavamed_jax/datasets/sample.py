@@ -81,19 +81,13 @@ def all_images(samples: Iterable[VqaSample]) -> list[Path]:
     return [image for sample in samples for image in sample.images]
 
 
-Shown = str | tuple[str, ...]
-"""What a question is asked about: the path of an image, or the paths of several."""
+Shown = tuple[str, ...]
+"""What a question is asked about: the paths of its images."""
 
 
-def shown(images: Iterable[str | Path]) -> Shown:
-    """Returns what is asked about: the path of one image as a text, the paths of several as a tuple."""
-    paths = tuple(map(str, images))
-    return paths[0] if len(paths) == 1 else paths
-
-
-def paths_of(shown: Shown) -> tuple[str, ...]:
-    """Returns the paths of the images that `shown` makes."""
-    return (shown,) if isinstance(shown, str) else shown
+def own_images(samples: Iterable[VqaSample]) -> list[Shown]:
+    """Returns the paths of each question's own images."""
+    return [tuple(map(str, sample.images)) for sample in samples]
 
 
 def to_llava(sample: VqaSample) -> dict:

@@ -120,10 +120,11 @@ def content_hash(*lists: Sequence[VqaSample]) -> str:
 
     An image counts by the name of its file and by its place among all images.
     """
-    images = data_questions.all_images([sample for samples in lists for sample in samples])
-    marks = {image: [place, Path(image).name] for place, image in enumerate(dict.fromkeys(map(str, images)))}
-    rows = [[vars(sample) | {"image": None, "more_images": [marks[str(image)] for image in sample.images]}
-             for sample in samples] for samples in lists]
+    shown = [data_questions.own_images(samples) for samples in lists]
+    marks = {image: [place, Path(image).name] for place, image in enumerate(
+        dict.fromkeys(image for each in shown for images in each for image in images))}
+    rows = [[vars(sample) | {"image": None, "more_images": [marks[image] for image in images]}
+             for sample, images in zip(samples, each, strict=True)] for samples, each in zip(lists, shown, strict=True)]
     return sha256(json.dumps(rows, default=str))
 
 

@@ -233,7 +233,7 @@ class Answerer(StandIn):
         numbers = {(record["text"].removesuffix("\n<image>"), record["image"]): record["question_id"] for record in FEW}
         for i in asked:
             self.asked += 1
-            question, image = questions[i]
+            question, (image,) = questions[i]
             yield i, Answer(f"answer {numbers.get((question, Path(image).name), 193)}", "stop")
 
 

@@ -110,7 +110,7 @@ def test_one_frame_of_a_file_is_sent_alone(tmp_path):
 
 def test_an_image_that_cannot_be_read_fails_its_own_questions_only(tmp_path):
     (tmp_path / "half.jpg").write_bytes(Path(IMAGES[0]).read_bytes()[:2000])
-    questions = [("a?", str(tmp_path / "half.jpg")), ("b?", IMAGES[0]), ("c?", "nowhere.jpg")]
+    questions = [("a?", (str(tmp_path / "half.jpg"),)), ("b?", (IMAGES[0],)), ("c?", ("nowhere.jpg",))]
     failed = {}
     with OpenAiServer(yes_or_no) as server:
         found = dict(an_answerer(server).answers(questions, [0, 1, 2], Generation(), failed))
@@ -119,12 +119,12 @@ def test_an_image_that_cannot_be_read_fails_its_own_questions_only(tmp_path):
 
 
 def test_questions_and_settings_as_they_arrive():
-    questions = [("What is it?", IMAGES[0]), ("Why?", IMAGES[1]), ("What is it?", IMAGES[0]), ("What is it?", IMAGES[1])]
+    questions = [("What is it?", (IMAGES[0],)), ("Why?", (IMAGES[1],)), ("What is it?", (IMAGES[0],)), ("What is it?", (IMAGES[1],))]
     with OpenAiServer(lambda body: f"  {sent(body)[0]}\n") as server:
         greedy = an_answerer(server).answers(questions, [0, 1, 2, 3], Generation(max_new_tokens=9, seed=5), {})
         assert {i: answer.text for i, answer in greedy} == {i: text for i, (text, _) in enumerate(questions)}
         assert {(each.body["max_tokens"], each.body["temperature"], "seed" in each.body) for each in server.log} == {(9, 0.0, False)}
-        wanted = [(text, "image/jpeg", Path(image).read_bytes()) for text, image in questions]
+        wanted = [(text, "image/jpeg", Path(image).read_bytes()) for text, (image,) in questions]
         assert Counter(sent(each.body) for each in server.log) == Counter(wanted)
         server.log.clear()
         list(an_answerer(server).answers(questions, [1, 2], Generation(temperature=0.7, seed=5), {}))
@@ -140,7 +140,7 @@ def test_answers_that_are_not_finished_or_withheld_are_counted(capsys):
         return {"choices": [{"message": {"content": None if finish != "stop" else "x"}, "finish_reason": finish}]}
 
     with OpenAiServer(answer) as server:
-        answers = ask(an_answerer(server), [(text, IMAGES[0]) for text in "abc"], Generation())
+        answers = ask(an_answerer(server), [(text, (IMAGES[0],)) for text in "abc"], Generation())
     assert [(each.text, each.finish_reason, each.tokens_cut) for each in answers] == [
         ("", "length", 0), ("", "content_filter", 0), ("x", "stop", 0)]
     said = capsys.readouterr().err

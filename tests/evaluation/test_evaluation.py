@@ -210,8 +210,8 @@ def test_slake_scores_its_gold_as_right(shared):
 def test_exchanged_images_are_a_derangement_of_whole_images():
     samples = [question(n, "yes", image=f"{n % 7}.jpg") for n in range(40)]
     shown = controls.exchanged_images(samples, seed=5)
-    mapping = dict(zip((str(sample.image) for sample in samples), shown, strict=True))
-    assert all(mapping[str(sample.image)] == image != str(sample.image) for sample, image in zip(samples, shown, strict=True))
+    mapping = dict(zip((str(sample.image) for sample in samples), (image for image, in shown), strict=True))
+    assert all((mapping[str(sample.image)],) == images != (str(sample.image),) for sample, images in zip(samples, shown, strict=True))
     assert sorted(mapping) == sorted(mapping.values())
     assert shown == controls.exchanged_images(samples, seed=5) != controls.exchanged_images(samples, seed=6)
     with pytest.raises(UserError, match="at least 2"):
@@ -246,7 +246,7 @@ def fifteen():
 def test_a_perfect_reader_and_a_blind_one():
     samples = fifteen()
     organ_of = {str(sample.image): sample.organ for sample in samples}
-    perfect = controls.organ_accuracy(lambda pairs: [controls.ORGAN_ANSWERS[organ_of[image]] for _, image in pairs], samples)
+    perfect = controls.organ_accuracy(lambda pairs: [controls.ORGAN_ANSWERS[organ_of[image]] for _, (image,) in pairs], samples)
     assert (perfect["n"], perfect["hits"], perfect["accuracy"]) == (15, 15, 100)
     assert perfect["exchanged"] == pytest.approx(100 * 4 / 14) and len(perfect["shifts"]) == 14
     assert perfect["majority"] == pytest.approx(100 / 3)
@@ -261,7 +261,7 @@ def test_shifts_equal_asking_every_pair():
     rng = np.random.default_rng(0)
     images = list(dict.fromkeys(str(sample.image) for sample in samples))
     said = {image: list(controls.ORGAN_ANSWERS.values())[rng.integers(3)] for image in images}
-    result = controls.organ_accuracy(lambda pairs: [said[image] for _, image in pairs], samples)
+    result = controls.organ_accuracy(lambda pairs: [said[image] for _, (image,) in pairs], samples)
     organ_of = {str(sample.image): sample.organ for sample in samples}
     for shift in range(1, 15):
         asked = [said[images[(i + shift) % 15]] for i in range(15)]
@@ -341,21 +341,21 @@ class FakeModel:
 
 def test_answers_come_back_in_order_and_images_are_asked_together():
     model = FakeModel()
-    questions = [(f"q{i // 2}", f"/x/{'abc'[i % 3]}.jpg") for i in range(25)]
+    questions = [(f"q{i // 2}", (f"/x/{'abc'[i % 3]}.jpg",)) for i in range(25)]
     answers = ask(local.LocalModel(model, "m"), questions, Generation(max_new_tokens=5, batch_size=4, seed=3))
-    assert [answer.text for answer in answers] == [f"{text} @ {Path(image).stem}" for text, image in questions]
+    assert [answer.text for answer in answers] == [f"{text} @ {Path(image).stem}" for text, (image,) in questions]
     assert model.settings == [dict(max_new_tokens=5, temperature=0.0, seed=3)]
     images = [image for _, image, _ in model.asked]
     assert [image for image, _ in itertools.groupby(images)] == [f"/x/{c}.jpg" for c in "abc"]
     assert sorted(model.processor.paths) == [f"/x/{c}.jpg" for c in "abc"], "an image is read once"
-    twice = [("q", "a.jpg"), ("q", "b.jpg"), ("q", "a.jpg")]
+    twice = [("q", ("a.jpg",)), ("q", ("b.jpg",)), ("q", ("a.jpg",))]
     ask(local.LocalModel(model, "m"), twice, Generation())
     assert {("q", "a.jpg", 0), ("q", "a.jpg", 1), ("q", "b.jpg", 0)} == set(model.asked[25:]), "equal questions draw apart"
 
 
 def test_images_are_read_ahead_but_not_all():
     processor = FakeProcessor()
-    images = local.read_ahead(processor, [f"{i}.jpg" for i in range(100)])
+    images = local.read_ahead(processor, [(f"{i}.jpg",) for i in range(100)])
     next(images)
     assert 1 < len(processor.paths) <= 12
     images.close()
@@ -369,7 +369,7 @@ def test_a_question_that_cannot_be_answered_fails_alone(tmp_path, with_partial):
             answer = super().answer(ids, images, nth)
             return UserError("the model computed NaN or infinite values") if answer.text.startswith("why") else answer
 
-    questions = [("what", "a.jpg"), ("what", "broken.jpg"), ("why", "a.jpg"), ("when", "b.jpg")]
+    questions = [("what", ("a.jpg",)), ("what", ("broken.jpg",)), ("why", ("a.jpg",)), ("when", ("b.jpg",))]
     kept = resume.Partial(tmp_path / "p", {}) if with_partial else None
     with pytest.raises(UserError, match="^2 of 4 questions could not be answered; the first, 'what' about broken.jpg: broken.jpg is no im"):
         ask(local.LocalModel(Failing(), "m"), questions, Generation(), partial=kept)
@@ -377,7 +377,7 @@ def test_a_question_that_cannot_be_answered_fails_alone(tmp_path, with_partial):
         model = FakeModel()
         found = resume.Partial(tmp_path / "p", {}).answers
         assert {i: answer.text for i, answer in found.items()} == {0: "what @ a", 3: "when @ b"}
-        questions[1] = ("what", "mended.jpg")
+        questions[1] = ("what", ("mended.jpg",))
         answers = ask(local.LocalModel(model, "m"), questions, Generation(), partial=kept)
         assert [answer.text for answer in answers] == ["what @ a", "what @ mended", "why @ a", "when @ b"] and len(model.asked) == 2
 
@@ -390,7 +390,7 @@ def test_beams_of_which_one_cannot_be_answered(capsys):
                 raise UserError("request 1: the model computed NaN or infinite values")
             return [self.processor.encode(text) for text in found]
 
-    questions, failed = [("what", "a.jpg"), ("why", "a.jpg"), ("when", "b.jpg")], {}
+    questions, failed = [("what", ("a.jpg",)), ("why", ("a.jpg",)), ("when", ("b.jpg",))], {}
     model = Searching()
     found = dict(local.LocalModel(model, "m").answers(questions, range(3), Generation(num_beams=2, batch_size=3), failed))
     assert {i: answer.text for i, answer in found.items()} == {0: "what @ a", 2: "when @ b"} and list(failed) == [1]
@@ -399,7 +399,7 @@ def test_beams_of_which_one_cannot_be_answered(capsys):
 def test_long_prompts_are_cut_with_a_counted_warning(capsys):
     model = FakeModel(max_length=8)
     long = "one two three four five six"
-    answers = ask(local.LocalModel(model, "m"), [("short", "a.jpg"), (long, "a.jpg"), (long, "b.jpg")], Generation(max_new_tokens=2))
+    answers = ask(local.LocalModel(model, "m"), [("short", ("a.jpg",)), (long, ("a.jpg",)), (long, ("b.jpg",))], Generation(max_new_tokens=2))
     assert [answer.tokens_cut for answer in answers] == [0, 2, 2]
     assert answers[0].text == "short @ a"
     assert answers[1] == Answer("one two three four @ a", "stop", 2), "the end is lost, as in the original"
@@ -595,7 +595,7 @@ def test_a_prompt_too_long_for_a_real_model_is_answered_from_its_beginning(tiny_
     image = str(next((SAMPLE / "images").iterdir()))
     generation = Generation(max_new_tokens=3)
     long = "Is the heart enlarged? " * 100
-    answers = ask(local.LocalModel(tiny_model, "m"), [(long, image), (long + "Is it not?", image), ("Why?", image)], generation)
+    answers = ask(local.LocalModel(tiny_model, "m"), [(long, (image,)), (long + "Is it not?", (image,)), ("Why?", (image,))], generation)
     assert answers[0].text == answers[1].text, "what differs between the two was cut"
     assert answers[1].tokens_cut > answers[0].tokens_cut > 0 == answers[2].tokens_cut
     assert "2 of 3 prompts were longer than" in capsys.readouterr().err

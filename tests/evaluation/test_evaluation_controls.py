@@ -30,7 +30,7 @@ def test_noise_is_uniform_its_own_for_each_image_and_fixed_by_the_seed(tmp_path)
         with controls.noise_images(samples, tmp_path / "noise", seed) as shown:
             assert [shown[n] == shown[0] for n in range(7)] == [True, False, False, True, False, False, True]
             assert sorted(path.name for path in (tmp_path / "noise").iterdir()) == [f"noise_0000{n}.png" for n in range(3)]
-            return [np.asarray(Image.open(path)) for path in shown[:3]]
+            return [np.asarray(Image.open(path)) for path, in shown[:3]]
 
     first, again, other = pictures(0), pictures(0), pictures(1)
     assert not (tmp_path / "noise").exists()

@@ -192,7 +192,7 @@ def test_the_papers_protocol_reaches_candidates_and_leakage_table(tmp_path):
 def test_a_cut_prompt_whose_last_allowed_token_ends_the_answer_is_finished(tokens, reason):
     model = Reader([], max_prompt=12, tokens=tokens)
     image = str(next((SAMPLE / "images").iterdir()))
-    answer, = ask(LocalModel(model, "m"), [("What is shown? " * 9, image)], Generation(max_new_tokens=3, num_beams=2, seed=4))
+    answer, = ask(LocalModel(model, "m"), [("What is shown? " * 9, (image,))], Generation(max_new_tokens=3, num_beams=2, seed=4))
     assert answer.finish_reason == reason and answer.tokens_cut > 0
     assert answer.text == model.processor.decode(tokens).strip()
     assert model.settings == [dict(max_new_tokens=3, num_beams=2, seed=4)]

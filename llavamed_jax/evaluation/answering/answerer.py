@@ -58,8 +58,8 @@ class Answerer(Protocol):
         """Answers some of the questions, and yields each answer as soon as it is there.
 
         Args:
-          questions: all (question, image path) pairs; the paths of several images are a tuple (`sample.paths_of`). If
-            the text has as many `<image>` markers as there are images, the images stand at these places.
+          questions: all (question, paths of its images) pairs. If the text has as many `<image>` markers as there are
+            images, the images stand at these places.
           asked: indices of the questions to answer; those about one image are adjacent. The other questions matter for
             sampling: equal questions use different seeds, by their number of earlier occurrences.
           generation: how answers are generated.

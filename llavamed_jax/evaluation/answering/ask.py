@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llavamed_jax.datasets.sample import Shown, VqaSample, all_images, paths_of
-from llavamed_jax.datasets.sample import shown as shown_of
+from llavamed_jax.datasets.sample import Shown, VqaSample, own_images
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering import sharing
 from llavamed_jax.evaluation.answering.answerer import Answer, Answerer, Generation
@@ -48,7 +47,7 @@ def ask(
 
     Args:
       answerer: answers the questions.
-      questions: (question, image path) pairs; the paths of several images are a tuple.
+      questions: (question, paths of its images) pairs.
       generation: how answers are generated.
       title: a plural noun for the questions, for the progress bar and for errors.
       partial: keeps each answer as soon as it is there. Questions whose answers it already holds are not asked.
@@ -76,9 +75,9 @@ def ask(
     close()
     answers, failed = sharing.collected(len(questions), mine, answers, failed)
     if failed:
-        question, image = questions[min(failed)]
+        question, images = questions[min(failed)]
         raise UserError(f"{len(failed)} of {len(questions)} {title} could not be answered; the first, {question!r} "
-                        f"about {' and '.join(Path(path).name for path in paths_of(image))}: {failed[min(failed)]}")
+                        f"about {' and '.join(Path(path).name for path in images)}: {failed[min(failed)]}")
     _warn([answers[i] for i in range(len(questions))])
     return [answers[i] for i in range(len(questions))]
 
@@ -124,14 +123,15 @@ def predict(
       answerer: answers the questions.
       samples: the questions.
       generation: how answers are generated.
-      shown: the image or images that each question is asked about, in a control; None shows the samples' own images.
+      shown: the images that each question is asked about, in a control; None shows the samples' own images.
       title: a plural noun for the questions, as in `ask`.
       partial: keeps the answers, as in `ask`.
       control: the name of the control; None for the own images.
     """
-    shown = shown or [shown_of(sample.images) for sample in samples]
+    own = own_images(samples)
+    shown = shown or own
     prompts = [_prompt(sample) for sample in samples]
-    names = image_names([*map(str, all_images(samples)), *(path for each in shown for path in paths_of(each))])
+    names = image_names(path for paths in (*own, *shown) for path in paths)
     answers = ask(answerer, list(zip(prompts, shown, strict=True)), generation, title, partial)
     return [
         {
@@ -144,7 +144,7 @@ def predict(
             | ({"more_images": [names[path] for path in paths[1:]]} if len(paths) > 1 else {})
             | ({"prompt_tokens_cut": answer.tokens_cut} if answer.tokens_cut else {}),
         }
-        for sample, prompt, paths, answer in zip(samples, prompts, map(paths_of, shown), answers, strict=True)
+        for sample, prompt, paths, answer in zip(samples, prompts, shown, answers, strict=True)
     ]
 
 

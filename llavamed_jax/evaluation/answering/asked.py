@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from llavamed_jax.datasets.sample import VqaSample, all_images
+from llavamed_jax.datasets.sample import VqaSample, own_images
 from llavamed_jax.errors import cut
 from llavamed_jax.evaluation.answering.answerer import Answerer, Generation
 from llavamed_jax.evaluation.scoring.predictions import image_names
@@ -92,13 +92,14 @@ def _images(samples: Sequence[VqaSample]) -> dict[str, str]:
     The ids count because two images may have been exchanged under their names, and the places because the images of a
     question may have been put into another order.
     """
-    names = image_names(map(str, all_images(samples)))
+    own = own_images(samples)
+    names = image_names(image for images in own for image in images)
     files = {image: Path(image if Path(image).exists() else split_frame(image)[0]) for image in names}
     hashes = sha256_of_each(list(dict.fromkeys(files.values())))
     asked: dict[str, list] = {image: [] for image in names}
-    for sample in samples:
-        for place, image in enumerate(sample.images):
-            asked[str(image)].append([str(sample.question_id), place])
+    for sample, images in zip(samples, own, strict=True):
+        for place, image in enumerate(images):
+            asked[image].append([str(sample.question_id), place])
     return {f"the image {cut(name)}": short_hash(hashes[files[image]], asked[image]) for image, name in names.items()}
 
 

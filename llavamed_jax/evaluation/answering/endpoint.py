@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llavamed_jax.datasets.sample import Shown, paths_of
+from llavamed_jax.datasets.sample import Shown
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation.answering.answerer import Answer, Generation
 from llavamed_jax.images.load import load_image
@@ -99,7 +99,7 @@ def _requests(questions: Sequence[tuple[str, Shown]], asked: Sequence[int],
     for i in asked:
         question, shown = questions[i]
         try:
-            images = [{"type": "image_url", "image_url": {"url": url_of(image)}} for image in paths_of(shown)]
+            images = [{"type": "image_url", "image_url": {"url": url_of(image)}} for image in shown]
             content = _parts(question, images)
         except UserError as error:
             failed[i] = error

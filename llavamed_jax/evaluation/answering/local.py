@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llavamed_jax.config import IMAGE_TOKEN
-from llavamed_jax.datasets.sample import Shown, paths_of
+from llavamed_jax.datasets.sample import Shown
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering.answerer import Answer, Generation
 from llavamed_jax.evaluation.answering.asked import OF_MODEL, versions
@@ -96,7 +96,7 @@ class _Asking:
 
     Args:
       model: the loaded model.
-      questions: all (question, image path) pairs; the paths of several images are a tuple.
+      questions: all (question, paths of its images) pairs.
       failed: receives the errors of questions that cannot be answered, by index.
       encoded: question and number of images -> the ids of its prompt, int32. The controls ask the same questions
         again.
@@ -161,7 +161,7 @@ class _Asking:
             if isinstance(images, UserError):
                 self._failed[i] = images
                 continue
-            text, paths = self._questions[i][0], paths_of(self._questions[i][1])
+            text, paths = self._questions[i]
             key = (text, len(paths))
             if key not in self._encoded:
                 ids = processor.expand(processor.encode(processor.question(text, paths)))
@@ -187,23 +187,23 @@ def read_ahead(processor, shown: Sequence[Shown]) -> Iterator[list[np.ndarray] |
 
     Args:
       processor: turns files into pixels.
-      shown: the path of an image, or of several, for each question.
+      shown: the paths of each question's images.
 
     Yields:
       For each question the pixels of its images, uint8 [H,W,3], or the error.
     """
     def read(paths):
         try:
-            return [processor.images_uint8([path])[0] for path in paths_of(paths)]
+            return [processor.images_uint8([path])[0] for path in paths]
         except UserError as error:
             return error
 
-    groups = ((path, len(list(group))) for path, group in itertools.groupby(shown))
+    groups = ((paths, len(list(group))) for paths, group in itertools.groupby(shown))
     pool, reading = ThreadPoolExecutor(_READERS), deque()
     try:
         while True:
-            for path, count in itertools.islice(groups, _AHEAD - len(reading)):
-                reading.append((pool.submit(read, path), count))
+            for paths, count in itertools.islice(groups, _AHEAD - len(reading)):
+                reading.append((pool.submit(read, paths), count))
             if not reading:
                 return
             images, count = reading.popleft()

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from llavamed_jax.datasets.sample import Shown
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.parallel import distributed
@@ -14,7 +15,7 @@ from llavamed_jax.parallel import distributed
 ELSEWHERE = Answer("", "stop")  # placeholder for an answer in all processes but the first
 
 
-def share(images: Sequence[str], index: int | None = None, count: int | None = None) -> list[int]:
+def share(images: Sequence[Shown], index: int | None = None, count: int | None = None) -> list[int]:
     """Returns the indices of the questions that a process asks, ascending.
 
     All questions about one image go to one process. Images are assigned in descending order of their number of
@@ -22,7 +23,7 @@ def share(images: Sequence[str], index: int | None = None, count: int | None = N
     processes agree and a restarted process gets the same share.
 
     Args:
-      images: the image of each question.
+      images: the paths of each question's images.
       index: index of the process; None means this process.
       count: number of processes; None means all of this run.
     """

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llavamed_jax.datasets.sample import Shown, VqaSample, all_images, shown
+from llavamed_jax.datasets.sample import Shown, VqaSample, own_images
 from llavamed_jax.errors import UserError, count_of
 from llavamed_jax.utils import signals
 
@@ -58,12 +58,13 @@ def derangement(images: Sequence[str], seed: int) -> dict[str, str]:
 
 
 def exchanged_images(samples: Sequence[VqaSample], seed: int) -> list[Shown]:
-    """Returns what each sample is shown in the control: the path of an image, or of several (`sample.shown`).
+    """Returns what each sample is shown in the control: the paths of as many images as it has.
 
     All questions about an image are shown the same other image.
     """
-    other = derangement([str(image) for image in all_images(samples)], seed)
-    return [shown(other[str(image)] for image in sample.images) for sample in samples]
+    own = own_images(samples)
+    other = derangement([image for images in own for image in images], seed)
+    return [tuple(other[image] for image in images) for images in own]
 
 
 NOISE_SIZE = 336
@@ -83,12 +84,13 @@ def noise_images(samples: Sequence[VqaSample], folder: Path, seed: int) -> Itera
       seed: seed of the noise.
 
     Yields:
-      For each sample, the path of its picture of noise, or of several.
+      For each sample, the paths of its pictures of noise.
 
     Raises:
       UserError: the disk has too little room, or the folder cannot be written to.
     """
-    order = {image: place for place, image in enumerate(dict.fromkeys(map(str, all_images(samples))))}
+    own = own_images(samples)
+    order = {image: place for place, image in enumerate(dict.fromkeys(image for images in own for image in images))}
     shutil.rmtree(folder, ignore_errors=True)  # left by a killed process
     with contextlib.ExitStack() as stack:
         remove = lambda: shutil.rmtree(folder, ignore_errors=True)
@@ -96,7 +98,7 @@ def noise_images(samples: Sequence[VqaSample], folder: Path, seed: int) -> Itera
         stack.enter_context(signals.undone_by(remove))
         paths = {image: str(folder / f"noise_{place:05}.png") for image, place in order.items()}
         _write_noise(list(paths.values()), folder, seed)
-        yield [shown(paths[str(image)] for image in sample.images) for sample in samples]
+        yield [tuple(paths[image] for image in images) for images in own]
 
 
 def check_room(count: int, folder: Path) -> None:
@@ -179,7 +181,7 @@ def check_organs(samples: Sequence[VqaSample]) -> None:
         )
 
 
-def organ_accuracy(ask: Callable[[Sequence[tuple[str, str]]], Sequence[str]], samples: Sequence[VqaSample]) -> dict:
+def organ_accuracy(ask: Callable[[Sequence[tuple[str, Shown]]], Sequence[str]], samples: Sequence[VqaSample]) -> dict:
     """Measures how often the answer to `ORGAN_QUESTION` names the organ that the data set states, in percent.
 
     The n images form a ring; in shift s, every image is replaced by the one s places further. The question is always
@@ -187,7 +189,7 @@ def organ_accuracy(ask: Callable[[Sequence[tuple[str, str]]], Sequence[str]], sa
     n-1 shifts follow from n generations.
 
     Args:
-      ask: answers (question, image path) pairs, greedily.
+      ask: answers (question, paths of its images) pairs, greedily.
       samples: the questions. Each distinct image counts once, with its field `organ`.
 
     Returns:
@@ -200,7 +202,7 @@ def organ_accuracy(ask: Callable[[Sequence[tuple[str, str]]], Sequence[str]], sa
     """
     check_organs(samples)
     organs = {str(sample.image): str(sample.organ) for sample in samples}
-    texts = ask([(ORGAN_QUESTION, image) for image in organs])
+    texts = ask([(ORGAN_QUESTION, (image,)) for image in organs])
     gold, named = list(organs.values()), [named_organ(text) for text in texts]
     n = len(gold)
     hits = [sum(named[(i + shift) % n] == gold[i] for i in range(n)) for shift in range(n)]
