@@ -204,9 +204,10 @@ class Engine:
         self._admit()
         running = self._rows.running
         if running:
-            longest = max(self._length_of(job, self._ahead) for job in running.values())
+            ahead = self._ahead
+            longest = max(self._length_of(job, ahead) for job in running.values())
             if longest > self._length:  # grow by at least a quarter, since each length compiles its own programs
-                self._resize(len(self._rows),
+                self._resize(len(self._rows.rows),
                              min(max(longest, self._length * 5 // 4), max(map(self._longest, running.values()))))
             # If requests wait, the loop ends when a quarter of the rows has become free.
             leave_at = len(running) - max(1, len(running) // 4) if self._waiting else 0
@@ -229,14 +230,15 @@ class Engine:
 
     def _make_room(self) -> None:
         """Resizes the rows to the number and the length that running and waiting requests need."""
-        running, held = self._rows.running.values(), len(self._rows)
+        running, held = self._rows.running.values(), len(self._rows.rows)
         rows = min(self.batch_size, power_of_two(len(running) + len(self._waiting)))
         rows = -(-rows // self.shards) * self.shards
         if rows > held or not running and (held >= 4 * rows or held > self.batch_size >= rows):
             self._resize(rows, self._length)
-        length = cache_length(max(self._length_of(job, self._ahead) for job in [*running, *self._waiting]))
+        ahead = self._ahead
+        length = cache_length(max(self._length_of(job, ahead) for job in [*running, *self._waiting]))
         if length > self._length or 2 * length <= self._length:
-            self._resize(len(self._rows), length)
+            self._resize(len(self._rows.rows), length)
 
     @property
     def _ahead(self) -> int:
@@ -252,7 +254,7 @@ class Engine:
 
     def _resize(self, rows: int, length: int) -> None:
         length = cache_length(length)
-        if (rows, length) != (len(self._rows), self._length):
+        if (rows, length) != (len(self._rows.rows), self._length):
             self._slots = self.programs.resize(self._slots, rows=rows, length=length)
             self._rows.resize(rows, length)
             self._length = length
@@ -264,7 +266,7 @@ class Engine:
     def _prefill(self, placed: list[Placed]) -> None:
         B, T = batch_size(len(placed), placed[0].length, self.shards), bucket(placed[0].length)
         width = cache_length(max(each.start + T for each in placed))
-        self._resize(len(self._rows), max(self._length, width))
+        self._resize(len(self._rows.rows), max(self._length, width))
         prompts, features = self._prompts(placed, B, T)
         self._slots, made = self.programs.prefill(self.params, self._slots, features, prompts, width=width,
                                                   **_wanted(each.job for each in placed))
@@ -297,13 +299,13 @@ class Engine:
             ids, images, start=column((each.start for each in placed), 0),
             length=column((each.length for each in placed), 1),
             source=column((each.source for each in placed), 0),
-            target=column((each.target for each in placed), len(self._rows)),
+            target=column((each.target for each in placed), len(self._rows.rows)),
             limit=column((self.limit(job.request) for job in jobs), 1), sampling=Sampling.of(*zip(*settings))), features
 
     def _read(self, made: Made, jobs: list[tuple[int, int, Job]]) -> None:
         """Gives a program's output to its jobs: (place in the output, row, job)."""
         made = jax.device_get(made)
-        failed = np.zeros(len(self._rows), bool)
+        failed = np.zeros(len(self._rows.rows), bool)
         for place, r, job in jobs:
             if self._rows.rows[r].job is not job:  # the job has left the row since
                 continue
@@ -339,7 +341,7 @@ class Engine:
                 self._read(*self._unread.popleft())
         left = [r for r, job in self._rows.running.items() if job.request.cancelled]
         if left:
-            is_done = self.programs.release(self._slots.is_done, np.isin(np.arange(len(self._rows)), left))
+            is_done = self.programs.release(self._slots.is_done, np.isin(np.arange(len(self._rows.rows)), left))
             self._slots = self._slots.replace(is_done=is_done)
             for r in left:
                 self._rows.rows[r].job.is_finished = True

@@ -59,14 +59,14 @@ class Rows:
     Args:
       share: whether requests copy the prefix that they share with another row's request.
       shards: the number of prompts of one prefill must be a multiple of this.
+
+    Attributes:
+      rows: the record of each row.
     """
 
     def __init__(self, share: bool, shards: int = 1):
         self._share, self._shards, self._clock = share, shards, 0
         self.rows: list[Row] = []
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     @property
     def running(self) -> dict[int, Job]:

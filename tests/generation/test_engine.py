@@ -132,7 +132,7 @@ def count_positions(engine):
     fill, encode = engine.programs._programs["fill"], engine.programs._programs["encode"]
 
     def counted_fill(params, caches, features, prompts):
-        seen["positions"] += int(prompts.length[prompts.target < len(engine._rows)].sum())
+        seen["positions"] += int(prompts.length[prompts.target < len(engine._rows.rows)].sum())
         return fill(params, caches, features, prompts)
 
     def counted_encode(params, features, pixels, places):
@@ -258,19 +258,19 @@ def test_on_a_mesh_the_tokens_are_the_same(params, engine):
 
 def test_the_cache_takes_what_the_formula_says(engine):
     engine.generate([Request([1, 5, 6 + i], [], 4) for i in range(3)])
-    assert len(engine._rows) == 4 and np.asarray(engine._slots.is_done).all(), "a row that nobody had is done, too"
+    assert len(engine._rows.rows) == 4 and np.asarray(engine._slots.is_done).all(), "a row that nobody had is done, too"
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(engine._slots.caches))
-    assert held == cache_bytes(CFG.decoder, len(engine._rows), engine._length, np.float32) > 0
+    assert held == cache_bytes(CFG.decoder, len(engine._rows.rows), engine._length, np.float32) > 0
 
 
 def test_rows_and_cache_follow_the_demand(params, engine):
     engine.generate([Request([1, 5, 6], [], 4)])
-    assert len(engine._rows) == 1 and engine._length == 128
+    assert len(engine._rows.rows) == 1 and engine._length == 128
     engine.generate([Request([1, 5, 6], [], 4) for _ in range(20)])
-    assert len(engine._rows) == 4
+    assert len(engine._rows.rows) == 4
     long = Request([1] * 60 + [5, 6], [], 150)
     assert engine.generate([long])[0] == alone(params, long)
-    assert len(engine._rows) == 1 and engine._length == 256, "no longer than the answer became"
+    assert len(engine._rows.rows) == 1 and engine._length == 256, "no longer than the answer became"
     engine.generate([Request([1, 5, 6], [], 4)])
     assert engine._length == 128
 
