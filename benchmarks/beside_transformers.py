@@ -92,7 +92,7 @@ def train_step(B: int, T: int, repeats: int) -> dict:
     names, _ = state.partition(pair.stacked, TRAINABLE)
     update, schedule = optimizer.build(adamw, 10**9, list(names))
     shardings = state.state_shardings(pair.cfg, pair.stacked, TRAINABLE, update, mesh)
-    train_state = state.create(pair.cfg, pair.stacked, TRAINABLE, update, mesh, np.float32)
+    train_state = state.create(pair.stacked, shardings, update, np.float32)
     step = make_train_step(llava_loss(Llava(pair.cfg, scan=True)), update, schedule, mesh, shardings)
     rows, losses = put_batch(batch, mesh), ([], [])
 

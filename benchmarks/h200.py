@@ -139,7 +139,7 @@ def _train(size: Size, trainable: list[str]) -> dict:
                             mu_dtype=None, overrides=()))
     update, schedule = optimizer.build(adamw, 100, list(names))
     shardings = state.state_shardings(cfg, params, trainable, update, mesh)
-    train_state = state.create(cfg, params, trainable, update, mesh, dtype)
+    train_state = state.create(params, shardings, update, dtype)
     del params
     loss = llava_loss(llava.Llava(cfg, dtype, scan=True, remat="full"))
     step = make_train_step(loss, update, schedule, mesh, shardings)

@@ -73,8 +73,8 @@ class Program:
             return way(hidden, head_kernel(params), rows["labels"], rows["segment_ids"])
 
         update, schedule = optimizer.build(ADAMW, 10**9, list(state.partition(params, trainable)[0]))
-        self.state = state.create(cfg, params, trainable, update, self.mesh, jnp.float32)
         shardings = state.state_shardings(cfg, params, trainable, update, self.mesh)
+        self.state = state.create(params, shardings, update, jnp.float32)
         self.step = make_train_step(loss, update, schedule, self.mesh, shardings)
         memory = self.step.lower(self.state, put_batch(batch, self.mesh)).compile().memory_analysis()
         self.temporaries = memory.temp_size_in_bytes

@@ -174,9 +174,10 @@ def train_here(before: dict[str, np.ndarray], cfg: LlavaConfig, recipe: ConfigDi
     mesh = make_mesh(mesh, jax.devices()[:math.prod(int(size[-1]) for size in mesh.split(","))])
     params = stack(states.merge(before, {}))
     optimizer, schedule = optimizers.build(recipe, UPDATES, list(states.partition(params, trainable)[0]))
-    state = states.create(cfg, params, trainable, optimizer, mesh, jnp.float32)
-    step = make_train_step(llava_loss(Llava(cfg, scan=True), weighting), optimizer, schedule, mesh,
-                           states.state_shardings(cfg, params, trainable, optimizer, mesh), micro_batches, weighting)
+    shardings = states.state_shardings(cfg, params, trainable, optimizer, mesh)
+    state = states.create(params, shardings, optimizer, jnp.float32)
+    step = make_train_step(llava_loss(Llava(cfg, scan=True), weighting), optimizer, schedule, mesh, shardings, micro_batches,
+                           weighting)
     placed, losses = [put_batch(rows, mesh) for rows in batches], []
     for update in range(UPDATES):
         state, metrics = step(state, placed[update % len(batches)])

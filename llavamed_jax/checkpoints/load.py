@@ -41,7 +41,8 @@ def load_params(checkpoint: Checkpoint, dtype=None, scan: bool = False, only: Co
         the checkpoint is a delta, or has values that are not finite, in the file or in `dtype`.
     """
     refuse_few_bits(checkpoint, quantize)
-    exact, checkpoint = checkpoint.sound(), checkpoint.cast(dtype).sound()
+    exact = None if quantize is None else checkpoint.sound()
+    checkpoint = checkpoint.cast(dtype).sound()
     shapes = {name: shape for name, shape in names.expected_shapes(checkpoint.config).items()
               if only is None or name in only}
     places = {name: place for name in shapes if scan and (place := in_stack(name)) is not None}

@@ -121,7 +121,7 @@ class Program:
     def initial_state(self, checkpoint: Checkpoint) -> TrainState:
         """Returns the state before the first update, with the checkpoint's parameters."""
         params = load_params(checkpoint, scan=True, quantize=self.quantize)
-        return states.create(self.model.cfg, params, self.trainable, self.optimizer, self.mesh, self.model.dtype)
+        return states.create(params, self.shardings, self.optimizer, self.model.dtype)
 
     def frozen(self, checkpoint: Checkpoint) -> states.FlatParams:
         """Returns the frozen parameters, sharded as in a state; the checkpoint may lack all others."""
@@ -143,7 +143,8 @@ class Program:
 
     def abstract_state(self) -> TrainState:
         """Returns the state as shapes with shardings."""
-        trained, frozen = states.partition(self._abstract, self.trainable)
+        trained, frozen = ({name: self._abstract[name] for name in part}
+                           for part in (self.shardings.trainable, self.shardings.frozen))
         frozen = states.shapes_of(frozen, self.model.dtype)
         number = jax.ShapeDtypeStruct((), jnp.int32)
         state = TrainState(number, number, trained, frozen, jax.eval_shape(self.optimizer.init, trained))

@@ -184,19 +184,16 @@ def dtype_of(name: str, dtype: Any) -> Any:
     return jnp.float32 if is_derived(name) else dtype
 
 
-def create(cfg: LlavaConfig, params: Mapping[str, Any], trainable: Trainable, optimizer: optax.GradientTransformation,
-           mesh: Mesh, dtype: Any) -> TrainState:
+def create(params: Mapping[str, Any], shardings: TrainState, optimizer: optax.GradientTransformation,
+           dtype: Any) -> TrainState:
     """Returns the state before the first update.
 
     Args:
-      cfg: the model's config.
       params: nested tree with stacked layers; numpy or jax arrays of any float type.
-      trainable: the recipe's `trainable`.
+      shardings: the sharding of each leaf of the state (`state_shardings`).
       optimizer: the optimizer of the trainable parameters (`optimizer.build`).
-      mesh: the mesh over which the state is sharded.
       dtype: dtype of the computation and of frozen parameters; trained parameters are float32.
     """
-    shardings = state_shardings(cfg, params, trainable, optimizer, mesh)
     placed = place(params, shardings.trainable, jnp.float32)
     return TrainState(
         step=put(np.int32(0), shardings.step), skipped=put(np.int32(0), shardings.skipped),

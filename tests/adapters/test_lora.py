@@ -125,17 +125,17 @@ def test_every_target_is_in_the_program_and_no_factors_are_merged(scan):
 
 @functools.cache
 def program(config, mesh_spec, devices, micro_batches, seed):
-    """Optimizer, update and mesh; compiled once for all tests."""
+    """Optimizer, shardings, update and mesh; compiled once for all tests."""
     mesh, params = make_mesh(mesh_spec, jax.devices()[:devices]), abstract_params(config, scan=True)
     optimizer, schedule = optimizers.build(optimizer_config(warmup_ratio=0.0, learning_rate=1e-2), 10, list(states.partition(params, TRAINABLE)[0]))
     shardings = states.state_shardings(config, params, TRAINABLE, optimizer, mesh)
     step = make_train_step(llava_loss(Llava(config, scan=True)), optimizer, schedule, mesh, shardings, micro_batches, dropout_seed=seed)
-    return optimizer, step, mesh
+    return optimizer, shardings, step, mesh
 
 
 def updated(checkpoint, number=2, mesh_spec="data=1", devices=1, micro_batches=1, seed=None):
-    optimizer, step, mesh = program(checkpoint.config, mesh_spec, devices, micro_batches, seed)
-    state = states.create(checkpoint.config, load_params(checkpoint, scan=True), TRAINABLE, optimizer, mesh, jnp.float32)
+    optimizer, shardings, step, mesh = program(checkpoint.config, mesh_spec, devices, micro_batches, seed)
+    state = states.create(load_params(checkpoint, scan=True), shardings, optimizer, jnp.float32)
     losses = []
     for i in range(number):
         state, metrics = step(state, put_batch(make_batch(i), mesh))

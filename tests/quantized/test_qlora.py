@@ -74,7 +74,7 @@ def test_updates_are_those_of_the_widened_kernels_and_the_same_on_a_mesh(path, t
             flat = flatten_dict(load_params(checkpoint, quantize="int4"), sep="/")
             widened = {name: np.asarray(x.widened(jnp.float32)) if isinstance(x, Kernel) else np.asarray(x) for name, x in flat.items()}
             params = stack(states.merge(widened, {}))
-        state = states.create(config, params, program.trainable, program.optimizer, mesh, jnp.float32)
+        state = states.create(params, program.shardings, program.optimizer, jnp.float32)
         step = make_train_step(llava_loss(Llava(config, scan=True)), program.optimizer, program.schedule, mesh, program.shardings)
         losses = []
         for _ in range(3):

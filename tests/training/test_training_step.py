@@ -64,20 +64,20 @@ def make_batch(seed=0, rows=8, length=24):
 
 @functools.cache
 def program(mesh_spec="data=1", trainable=TRAINABLE, micro_batches=1, scan=True, weighting="token"):
-    """(optimizer, step, mesh) on as many devices as the mesh asks for; compiled once for all tests."""
+    """(optimizer, shardings, step, mesh) on as many devices as the mesh asks for; compiled once for all tests."""
     mesh = make_mesh(mesh_spec, jax.devices()[: math.prod(int(p.split("=")[1]) for p in mesh_spec.split(","))])
     abstract = abstract_params(CFG, scan=scan)
     optimizer, schedule = optimizers.build(optimizer_config(warmup_ratio=0.0), 10, list(states.partition(abstract, trainable)[0]))
     shardings = states.state_shardings(CFG, abstract, trainable, optimizer, mesh)
     loss = llava_loss(Llava(CFG, scan=scan), weighting)
     step = make_train_step(loss, optimizer, schedule, mesh, shardings, micro_batches, weighting)
-    return optimizer, step, mesh
+    return optimizer, shardings, step, mesh
 
 
 def build(params, mesh_spec="data=1", trainable=TRAINABLE, micro_batches=1, scan=True, weighting="token"):
     """(state, step, mesh) before the first update."""
-    optimizer, step, mesh = program(mesh_spec, trainable, micro_batches, scan, weighting)
-    return states.create(CFG, stack(params) if scan else params, trainable, optimizer, mesh, jnp.float32), step, mesh
+    optimizer, shardings, step, mesh = program(mesh_spec, trainable, micro_batches, scan, weighting)
+    return states.create(stack(params) if scan else params, shardings, optimizer, jnp.float32), step, mesh
 
 
 def train(built, batches):
@@ -275,7 +275,7 @@ def by_hand(params):
     and averaged over all samples of a batch: also with one that has no supervised token, whose share of the gradient is 0."""
     batches = [make_batch(seed) for seed in range(3)]
     batches[1]["labels"][3] = IGNORE
-    optimizer, _, _ = program()
+    optimizer, *_ = program()
     model, (trained, frozen) = Llava(CFG, scan=True), states.partition(stack(params), TRAINABLE)
     opt_state, losses, norms = optimizer.init(trained), [], []
 
@@ -371,7 +371,7 @@ def test_each_of_loss_norm_and_update_must_be_finite(params, optimizer, slope, o
     """What the optimizer makes of a finite gradient, a norm that overflows, a loss: one alone is enough."""
     mesh = make_mesh("data=1", jax.devices()[:1])
     shardings = states.state_shardings(CFG, stack(params), ("projector/.*",), optimizer, mesh)
-    state = states.create(CFG, stack(params), ("projector/.*",), optimizer, mesh, jnp.float32)
+    state = states.create(stack(params), shardings, optimizer, jnp.float32)
     before = {n: np.array(x) for n, x in state.trainable.items()}
     summed = lambda tree, batch: (offset + sum(slope * x.sum() for x in jax.tree.leaves(tree["projector"])), jnp.float32(0))
     state, metrics = make_train_step(summed, optimizer, lambda _: jnp.float32(0), mesh, shardings)(state, {})
@@ -408,8 +408,8 @@ def test_what_goes_to_disk_is_one_array_a_layer(params):
 
 def test_bfloat16_is_close_and_keeps_what_is_trained_in_float32(params, single):
     """As on an accelerator: computation and frozen parameters in bfloat16, what is trained and its moments in float32."""
-    optimizer, _, mesh = program()
-    state = states.create(CFG, stack(params), TRAINABLE, optimizer, mesh, jnp.bfloat16)
+    optimizer, shardings, _, mesh = program()
+    state = states.create(stack(params), shardings, optimizer, jnp.bfloat16)
     evaluate = make_eval_step(llava_loss(Llava(CFG, jnp.bfloat16, scan=True)), mesh)
     total, count = evaluate(state, put_batch(make_batch(0), mesh))
     assert float(total / count) == pytest.approx(single[1][0], rel=1e-2)
