@@ -128,13 +128,9 @@ class CandidateList:
     def nearest(self, prediction: str) -> str:
         """Returns the first candidate, normalised, with the largest share of its distinct words in `prediction`."""
         words = _counts(prediction).keys()
-        # `max` returns the first maximum, so a prediction that shares no word gets candidate 0, as in the original.
-        best = max(range(len(self._texts)), key=lambda i: self._share(self._words[i], words))
-        return self._texts[best]
-
-    @staticmethod
-    def _share(candidate_words: frozenset[str], prediction_words) -> float:
-        return len(candidate_words & prediction_words) / len(candidate_words) if candidate_words else 0.0
+        shares = [len(own & words) / len(own) if own else 0.0 for own in self._words]
+        # The first maximum: a prediction that shares no word gets candidate 0, as in the original.
+        return self._texts[shares.index(max(shares))]
 
 
 def candidate_accuracy(prediction: str, reference: str, candidates: Sequence[str | int] | CandidateList) -> int:

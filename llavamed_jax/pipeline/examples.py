@@ -33,6 +33,7 @@ class Example:
       images: the sources of its images, in order.
       is_truncated: whether the record was cut.
       num_surplus: images of the record without a marker, or lost by the cut.
+      is_supervised: whether any label is not IGNORE.
     """
 
     ids: list[int]
@@ -40,11 +41,7 @@ class Example:
     images: list[str]
     is_truncated: bool
     num_surplus: int
-
-    @property
-    def is_supervised(self) -> bool:
-        """Whether any label is not IGNORE."""
-        return any(label != IGNORE for label in self.labels)
+    is_supervised: bool
 
 
 def tokenize(record: dict, processor: Processor, max_length: int) -> Example:
@@ -71,7 +68,8 @@ def tokenize(record: dict, processor: Processor, max_length: int) -> Example:
     kept = cut(ids, max_length, processor.tokens_per_image)
     num_images = ids[:kept].count(IMAGE_TOKEN) // processor.tokens_per_image if record["image"] else 0
     num_surplus = record.get("surplus", 0) + len(record["image"]) - num_images
-    return Example(ids[:kept], labels[:kept], record["image"][:num_images], kept < len(ids), num_surplus)
+    is_supervised = labels[:kept].count(IGNORE) < kept
+    return Example(ids[:kept], labels[:kept], record["image"][:num_images], kept < len(ids), num_surplus, is_supervised)
 
 
 def cut(ids: Sequence[int], max_length: int, tokens_per_image: int | None) -> int:

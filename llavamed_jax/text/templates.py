@@ -11,6 +11,7 @@ different origins. Templates with a long example or another project's safety pro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ class Template:
             raise UserError(f"the template {self.name} has {len(self.examples)} examples; questions and answers in "
                             "turn were expected")
 
-    @property
+    @functools.cached_property
     def form(self) -> Style:
         """The style's pieces. Raises UserError if the style does not exist."""
         if self.style not in STYLES:
@@ -70,7 +71,7 @@ class Template:
         end = (self.sep2 or self.sep) + " " * self.is_stripped
         return dict(system=self.system or "", user=self.roles[0], assistant=self.roles[1], sep=self.sep, end=end)
 
-    @property
+    @functools.cached_property
     def labels(self) -> str:
         """The procedure that finds the supervised tokens: v0, v1, llama_2 or plain (`Style.labels`), or exact."""
         return self.procedure or self.form.labels

@@ -7,8 +7,6 @@ import hashlib
 import importlib.metadata
 from pathlib import Path
 
-from llavamed_jax.utils.hashes import sha256
-
 # The judge's prompts and the pages are files beside the code.
 _SUFFIXES = (".py", ".txt", ".j2", ".css", ".js")
 
@@ -18,7 +16,7 @@ def code_sha256() -> str:
     """Returns a sha256 of this package's files, their names and contents, wherever they are installed."""
     root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
     for file in sorted(path for path in root.rglob("*") if path.suffix in _SUFFIXES):
-        digest.update(f"{file.relative_to(root).as_posix()} {sha256(file.read_bytes())}\n".encode())
+        digest.update(f"{file.relative_to(root).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

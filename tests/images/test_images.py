@@ -161,7 +161,7 @@ def test_padding_floors_the_offset(width, height, offset):
 def test_a_grey_image_is_padded_with_the_colour():
     """As the original is trained; asked, v1.5 pads the modes L and LA with 114."""
     for mode in ("L", "LA", "I;16", "1"):
-        pixels = preprocess_uint8(Image.new(mode, (28, 14)), 28, "pad")
+        pixels = preprocess_uint8(load_image(Image.new(mode, (28, 14))), 28, "pad")
         assert (pixels[:4] == PAD_COLOR).all() and (pixels[-4:] == PAD_COLOR).all() and (pixels[12:16] == 0).all(), mode
 
 

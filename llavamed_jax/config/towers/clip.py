@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -187,7 +188,7 @@ class VisionConfig:
         mean, std = (self.image_mean, self.image_std) if self.images.is_normalized else ((0.0,) * 3, (1.0,) * 3)
         return mean, std, self.images.scale
 
-    @property
+    @functools.cached_property
     def pad_color(self) -> tuple[int, ...]:
         """The red, green and blue with which images are padded to a square.
 

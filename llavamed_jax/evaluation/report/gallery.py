@@ -35,12 +35,13 @@ def pictures(metrics: Mapping, answers: AnswerSet, others: Mapping[str, AnswerSe
       with this verdict. `images`: at most `IMAGES` figures, each with the first `QUESTIONS` questions about it. And the
       counts that the notes on the page state.
     """
+    verdicts = [_verdict(answers, i) for i in range(len(answers.samples))]
     by_image: dict[str, list[int]] = {}
     by_verdict: dict[str, list[int]] = {name: [] for name in _VERDICTS}
-    for i, image in enumerate(answers.images):
+    for i, (image, (name, _)) in enumerate(zip(answers.images, verdicts, strict=True)):
         by_image.setdefault(image, []).append(i)
-        by_verdict[_verdict(answers, i)[0]].append(i)
-    entry = lambda i: _entry(_verdict(answers, i), answers.samples[i].question, answers.texts[i],
+        by_verdict[name].append(i)
+    entry = lambda i: _entry(verdicts[i], answers.samples[i].question, answers.texts[i],
                              str(answers.samples[i].answer), {title: other.texts[i] for title, other in others.items()})
     rng, examples = np.random.default_rng(metrics["seed"]), []
     for name, title in _VERDICTS.items():
