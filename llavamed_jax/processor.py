@@ -19,7 +19,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from llavamed_jax.checkpoints import hub, model_config
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
@@ -315,6 +314,11 @@ class Processor:
         """Decodes ids to text, without special tokens and images."""
         return self.text_tokenizer.decode(ids)
 
+    @functools.cached_property
+    def _marker_length(self) -> int:
+        """The number of ids of a text that is one image."""
+        return len(self.encode(IMAGE_MARKER))
+
     def training_example(self, conversations: Sequence[dict], num_images: int | None = None,
                          max_length: int | None = None) -> tuple[list[int], list[int]]:
         """Encodes a LLaVA conversation for training.
@@ -343,7 +347,7 @@ class Processor:
             turns = [(speaker, text.replace(IMAGE_MARKER, self.image_marker) if each and count > 1
                       else image_first(text, self.image_marker)) for (speaker, text), count in zip(turns, marked)]
         ids, labels = supervise(self.template, turns, self.encode, pad_id=self.tokenizer.pad_id,
-                                is_legacy=self.tokenizer.is_legacy or self._is_v1,
+                                marker_length=self._marker_length, is_legacy=self.tokenizer.is_legacy or self._is_v1,
                                 max_length=max_length or self.max_length,
                                 image_length=self.tokens_per_image or 1 if self._is_v1 else 1)
         if num_images is not None and ids.count(IMAGE_TOKEN) != num_images:
@@ -387,13 +391,8 @@ class Processor:
             raise UserError(f"images were given as a {type(sources).__name__}; a list of images was expected, even for "
                             "one image")
         size, mode = self.image_size, self.image_mode if mode is None else mode
-        arrays = [self._preprocess(pixels.load_image(source, frame), mode) for source in sources]
+        vision = self.config.vision if self.config else None
+        settings = (vision.images, vision.pad_color if mode == "pad" else None) if vision else ()
+        arrays = [pixels.preprocess_uint8(pixels.load_image(source, frame), size, mode, *settings)
+                  for source in sources]
         return np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.uint8)
-
-    def _preprocess(self, image: Image.Image, mode: str) -> np.ndarray:
-        """Preprocesses one image [H,W,3] as the checkpoint's image processor does, without normalisation."""
-        if self.config is None:
-            return pixels.preprocess_uint8(image, self.image_size, mode)
-        vision = self.config.vision
-        color = vision.pad_color if mode == "pad" else None
-        return pixels.preprocess_uint8(image, vision.image_size, mode, vision.images, color)

@@ -105,11 +105,11 @@ def _specs(part: str, config: VisionConfig | DecoderConfig):
 
 def unused_names(cfg: LlavaConfig) -> list[str]:
     """Returns the tower's tensors beyond the feature layer: checkpoints keep them, but no model computes with them."""
-    after = tuple(f"vision_tower/{start}" for start in cfg.vision.unused)
+    after, num_used = tuple(f"vision_tower/{start}" for start in cfg.vision.unused), cfg.num_vision_layers_used
 
     def is_unused(name):
         layer = re.match(r"vision_tower/layers_(\d+)/", name)
-        return name.startswith(after) or (layer and int(layer[1]) >= cfg.num_vision_layers_used)
+        return name.startswith(after) or (layer and int(layer[1]) >= num_used)
 
     return [name for name in specs(cfg) if is_unused(name)]
 

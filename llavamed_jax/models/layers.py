@@ -14,9 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llavamed_jax.config import RopeScaling
+from llavamed_jax.config.adapter import SCALE
 from llavamed_jax.models import lora
 from llavamed_jax.parallel.mesh import constrain_weight
 from llavamed_jax.quantized import kernels
+
+_FACTORS_SCALE = SCALE.removeprefix("/")
 
 
 class Linear(nn.Module):
@@ -47,9 +50,9 @@ class Linear(nn.Module):
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
             kernel = constrain_weight(kernel.astype(self.dtype), *self.axes)
             y = kernels.dot(x.astype(self.dtype), kernel, self.out_dtype)
-        adapted = lora.product(self, x, self.axes, self.dtype)
-        if adapted is not None:
-            y += adapted.astype(y.dtype)
+        # qwix gives its own factors the same names, without a scale, and multiplies itself.
+        if self.has_variable("params", _FACTORS_SCALE):
+            y += lora.product(self, x, self.axes, self.dtype).astype(y.dtype)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         return y

@@ -20,7 +20,7 @@ from llavamed_jax.quantized.kernels import dot
 
 
 def product(layer: nn.Module, x, axes: tuple[str | None, str | None], dtype: Any):
-    """Returns `scale (x A) B` [..., F] for x [..., D]; None if the layer's parameters have no factors.
+    """Returns `scale (x A) B` [..., F] for x [..., D].
 
     The factors are never multiplied with each other: no array has the kernel's shape. The scale and the share that is
     kept are float32, as torch multiplies by a Python float: a product with them is rounded once to `dtype`. With the
@@ -34,8 +34,6 @@ def product(layer: nn.Module, x, axes: tuple[str | None, str | None], dtype: Any
     """
     a, b, scale, rate = (layer.get_variable("params", name.removeprefix("/"))
                          for name in (FACTOR_A, FACTOR_B, SCALE, DROPOUT))
-    if a is None or scale is None:  # qwix gives its own factors the same names, without a scale, and multiplies itself
-        return None
     if rate is not None and layer.has_rng("dropout"):
         is_kept = jax.random.uniform(layer.make_rng("dropout"), x.shape) >= rate
         x = jnp.where(is_kept, x.astype(jnp.float32) / (1 - rate), 0).astype(x.dtype)

@@ -156,7 +156,7 @@ def _read_turns(conversation: Sequence[dict]) -> list[tuple[str, str]]:
 
 
 def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Callable[[str], list[int]], *,
-              pad_id: int | None, is_legacy: bool = True, max_length: int | None = None,
+              pad_id: int | None, marker_length: int, is_legacy: bool = True, max_length: int | None = None,
               image_length: int = 1) -> tuple[list[int], list[int]]:
     """Computes ids and labels (not shifted) of a conversation.
 
@@ -173,6 +173,7 @@ def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Call
       turns: (speaker, text).
       encode: text to ids, beginning-of-sequence first, an image as one IMAGE_TOKEN.
       pad_id: the id that the original pads with; it is unk, so an unk in the text makes the counts differ.
+      marker_length: the number of ids of a text that is one image, which plain leaves out.
       is_legacy: whether the tokenizer splits text behind a special token as at a beginning; if not, v1 corrects its
         counts.
       max_length: samples of this length or longer are not checked for a mismatch.
@@ -199,7 +200,7 @@ def supervise(template: Template, turns: Sequence[tuple[str, str]], encode: Call
     if procedure == "exact":
         spans = _outside_of_answers(template, turns, encode, ids)
     elif procedure == "plain":
-        spans = [slice(len(encode(IMAGE_MARKER)))]
+        spans = [slice(marker_length)]
     elif procedure == "v0":
         spans = _questions_of_v0(template, turns, lambda part: measure(encode(part)))
     else:
