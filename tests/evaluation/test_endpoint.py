@@ -229,7 +229,7 @@ def test_a_killed_evaluation_goes_on_without_asking_again(tmp_path):
     assert again.total() <= 8, "of what was asked before only what was under way"
     folder = SAMPLE / "images"
     for each in samples:
-        ((_, request),) = endpoint._requests([(each["prompt"], str(folder / each["metadata"]["image"]))], [0], {})
+        ((_, request),) = endpoint._requests([(each["prompt"], (str(folder / each["metadata"]["image"]),))], [0], {})
         assert each["text"] == yes_or_no({"messages": request}), "each answer stands at its own question"
 
 
