@@ -57,12 +57,15 @@ class Journey:
         if event != "call":
             return
         here = self._name(frame.f_code.co_filename)
-        if here is None or frame.f_code.co_name == "<module>":  # an import is no step of the journey
+        if here is None:
             return
-        self.files[here] += 1
         caller = frame.f_back
         while caller is not None and self._name(caller.f_code.co_filename) is None:
             caller = caller.f_back
+        # An import, with the bodies of classes and the tables of a module, is no step of the journey.
+        if "<module>" in (frame.f_code.co_name, caller and caller.f_code.co_name):
+            return
+        self.files[here] += 1
         there = None if caller is None else self._name(caller.f_code.co_filename)
         if there is not None and there != here:
             self.moves[there, here] += 1
