@@ -46,12 +46,6 @@ def placed(params: Mapping[str, Any], cfg: LlavaConfig, mesh: Mesh | None) -> di
     return out
 
 
-def as_joined(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a parameter tree whose decoder has joined kernels, beside the one that is given."""
-    decoder = {name: joined.join(part) if is_layer(name) else part for name, part in params["decoder"].items()}
-    return {**params, "decoder": decoder}
-
-
 def joins(mesh: Mesh | None) -> bool:
     """Returns whether an engine joins kernels: on GPUs, unless tensor parallelism divides their parts."""
     if mesh is None:

@@ -18,6 +18,7 @@ from llavamed_jax.generation.programs import Programs
 from llavamed_jax.generation.requests import Request
 from llavamed_jax.models import joined
 from llavamed_jax.models.llava import Llava
+from llavamed_jax.models.stacking import is_layer
 from llavamed_jax.parallel import xla
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.preflight.serving import Serving
@@ -37,6 +38,11 @@ def drawn(cfg, seed=1):
 
 def logits(cfg, params):
     return np.asarray(jax.jit(Llava(cfg).apply)({"params": params}, IDS))
+
+
+def with_joined_layers(params):
+    decoder = {name: joined.join(part) if is_layer(name) else part for name, part in params["decoder"].items()}
+    return {**params, "decoder": decoder}
 
 
 @pytest.fixture
@@ -64,7 +70,7 @@ def asked(new=9, **more):
     CFG.replace(decoder=Qwen3Config(**SHAPES)), CFG.replace(decoder=Olmo2Config(**SHAPES))], ids=["llama", "biases", "qwen3", "olmo2"])
 def test_joined_kernels_give_the_same_logits(cfg):
     params = drawn(cfg)
-    together = weights.as_joined(params)
+    together = with_joined_layers(params)
     layer = together["decoder"]["layers_1"]
     assert layer["self_attn"]["qkv_proj"]["kernel"].shape == (64, 128) and layer["mlp"]["gate_up_proj"]["kernel"].shape == (64, 256)
     assert not {"q_proj", "k_proj", "v_proj"} & set(layer["self_attn"]) and "o_proj" in layer["self_attn"]
@@ -80,7 +86,7 @@ def test_rounded_kernels_are_joined_with_their_scales(name):
                 assert ROUNDED.fullmatch(f"decoder/{layer}/{block}/{part}/kernel")
                 kernel = params["decoder"][layer][block][part]
                 kernel["kernel"] = ROUNDINGS[name](kernel["kernel"])
-    together = weights.as_joined(params)
+    together = with_joined_layers(params)
     assert together["decoder"]["layers_0"]["self_attn"]["qkv_proj"]["kernel"].shape == (64, 128)
     np.testing.assert_allclose(logits(CFG, together), logits(CFG, params), rtol=0, atol=2e-6)
 
