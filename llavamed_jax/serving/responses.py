@@ -130,7 +130,7 @@ async def complete(answer: Answer, chat: ChatRequest) -> dict:
     async with contextlib.aclosing(_values(answer, chat)) as values:
         async for _ in values:
             pass
-    return _response(answer, chat, *_ended(answer, chat))
+    return _response(answer, chat, *_ended(answer))
 
 
 async def events(answer: Answer, chat: ChatRequest) -> AsyncIterator[str]:
@@ -164,7 +164,7 @@ async def _values(answer: Answer, chat: ChatRequest) -> AsyncIterator[dict]:
                 found = logprob_list(piece.logprobs, answer.token)
                 answer.found += found
                 yield {"type": "response.output_text.delta", **at, "delta": piece.text, "logprobs": found}
-    status, output = _ended(answer, chat)
+    status, output = _ended(answer)
     part = output[0]["content"][0]
     yield {"type": "response.output_text.done", **at, "text": part["text"], "logprobs": part["logprobs"]}
     yield {"type": "response.content_part.done", **at, "part": part}
@@ -172,7 +172,7 @@ async def _values(answer: Answer, chat: ChatRequest) -> AsyncIterator[dict]:
     yield {"type": f"response.{status}", "response": _response(answer, chat, status, output)}
 
 
-def _ended(answer: Answer, chat: ChatRequest) -> tuple[str, list[dict]]:
+def _ended(answer: Answer) -> tuple[str, list[dict]]:
     status = "completed" if answer.finish_reason == "stop" else "incomplete"
     return status, [_item(answer, status, [_part(answer.end.completion.text, answer.found)])]
 
