@@ -131,7 +131,7 @@ def predict(
     own = own_images(samples)
     shown = shown or own
     prompts = [_prompt(sample) for sample in samples]
-    names = image_names(path for paths in (*own, *shown) for path in paths)
+    names = image_names([path for paths in (*own, *shown) for path in paths])
     answers = ask(answerer, list(zip(prompts, shown, strict=True)), generation, title, partial)
     return [
         {

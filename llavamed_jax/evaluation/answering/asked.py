@@ -93,7 +93,7 @@ def _images(samples: Sequence[VqaSample]) -> dict[str, str]:
     question may have been put into another order.
     """
     own = own_images(samples)
-    names = image_names(image for images in own for image in images)
+    names = image_names([image for images in own for image in images])
     files = {image: Path(image if Path(image).exists() else split_frame(image)[0]) for image in names}
     hashes = sha256_of_each(list(dict.fromkeys(files.values())))
     asked: dict[str, list] = {image: [] for image in names}
