@@ -11,13 +11,12 @@ from pathlib import Path
 from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.parquet import read_parquet
 from llavamed_jax.datasets.registry import SETS, DataSet
-from llavamed_jax.datasets.rows import Row, one_of
+from llavamed_jax.datasets.rows import WIDER_TYPES, Row, one_of
 from llavamed_jax.datasets.sample import CLOSED, OPEN, VqaSample
 from llavamed_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_TYPES = {OPEN: OPEN, CLOSED: CLOSED, "YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN}
 # Fields by which a report is broken down, and the columns that they may come from.
 _NAMED = {"question_type": ("question_type", "content_type"), "organ": ("organ", "location", "image_organ"),
           "modality": ("modality",)}
@@ -68,7 +67,7 @@ def _sample(row: Row, identity: str) -> VqaSample:
     answer = row.text("answer")
     fields = {key: next((row.labels(column) for column in columns if column in row), None)
               for key, columns in _NAMED.items()}
-    kind = row.answer_type(_TYPES) if "answer_type" in row else by_answer(answer)
+    kind = row.answer_type(WIDER_TYPES) if "answer_type" in row else by_answer(answer)
     language = next((row.words(column) for column in _LANGUAGE if column in row), "en")
     return VqaSample(identity, row["image"], row.text("question"), answer, kind, **fields, language=language)
 

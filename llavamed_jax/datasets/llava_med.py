@@ -11,12 +11,9 @@ from pathlib import Path
 
 from llavamed_jax.datasets.records import normalize
 from llavamed_jax.datasets.registry import DataSet
-from llavamed_jax.datasets.rows import Row, read_split
-from llavamed_jax.datasets.sample import CLOSED, OPEN, VqaSample
+from llavamed_jax.datasets.rows import WIDER_TYPES, Row, read_split
+from llavamed_jax.datasets.sample import VqaSample
 from llavamed_jax.text.conversation import IMAGE_MARKER
-
-# The last three occur in files of PathVQA.
-_TYPES = {OPEN: OPEN, CLOSED: CLOSED, "YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN}
 
 
 def read_llava_med(root: str | Path, split: str = "test", images: str | Path | None = None) -> list[VqaSample]:
@@ -35,7 +32,7 @@ def read_llava_med(root: str | Path, split: str = "test", images: str | Path | N
 
 
 def _sample(row: Row, images: Path, index: int) -> VqaSample:
-    identity, image, kind = row.identity("id"), row.image("image", images), row.answer_type(_TYPES)
+    identity, image, kind = row.identity("id"), row.image("image", images), row.answer_type(WIDER_TYPES)
     question, answer = first_turn(row, index)
     return VqaSample(identity, image, question, answer, kind, **row.fields())
 

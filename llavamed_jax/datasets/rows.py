@@ -13,10 +13,13 @@ from typing import Any
 
 from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.registry import OFFICIAL, SETS
-from llavamed_jax.datasets.sample import _OPEN_OR_CLOSED, Labels, VqaSample, check_images
+from llavamed_jax.datasets.sample import CLOSED, OPEN, Labels, VqaSample, check_images
 from llavamed_jax.errors import UserError, short
 from llavamed_jax.utils.files import parse_json, parse_jsonl, read_bytes
 
+# Values of `answer_type`, in capitals -> the kind. The last three of the second stand in files of PathVQA.
+_OPEN_OR_CLOSED = {OPEN: OPEN, CLOSED: CLOSED}
+WIDER_TYPES = {**_OPEN_OR_CLOSED, "YES/NO": CLOSED, "OTHER": OPEN, "NUMBER": OPEN}
 _LARGEST = 2**63  # a pickle can hold a number with a million digits, which Python refuses to print
 
 

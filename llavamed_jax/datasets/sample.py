@@ -19,7 +19,6 @@ from llavamed_jax.text.conversation import IMAGE_MARKER
 
 OPEN, CLOSED, CHOICE, CAPTION = "OPEN", "CLOSED", "CHOICE", "CAPTION"
 LETTERS = ascii_uppercase  # letters of multiple-choice options
-_OPEN_OR_CLOSED = {OPEN: OPEN, CLOSED: CLOSED}
 
 Labels = str | tuple[str, ...] | None
 """What a set says of a question's type, organ or modality: a text, several texts, or nothing."""

@@ -17,8 +17,9 @@ from llavamed_jax.errors import UserError, short
 from llavamed_jax.utils.files import read_json
 
 FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CORE = ("bos_token", "eos_token", "unk_token")  # those of every vocabulary
 # In the order in which transformers assigns ids to those that are missing in the vocabulary.
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+ROLES = (*CORE, "sep_token", "pad_token", "cls_token", "mask_token")
 _LISTS = ("additional_special_tokens", "extra_special_tokens")  # the second is transformers 5's name
 _FLAGS = {"special": "is_special", "lstrip": "strips_left", "rstrip": "strips_right", "single_word": "is_single_word",
           "normalized": "is_normalized"}

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from llavamed_jax.errors import UsageError, UserError, cut
-from llavamed_jax.text.special_tokens import FILES, SpecialTokens, Token, read_special_tokens
+from llavamed_jax.text.special_tokens import CORE, FILES, SpecialTokens, Token, read_special_tokens
 from llavamed_jax.text.tokenizer_backends import SentencePiece, Tokenizers
 from llavamed_jax.text.tokenizer_generations import say_differences
 from llavamed_jax.utils import paths
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # `find_tokenizer` looks for these, in this order
-_CORE = ("bos_token", "eos_token", "unk_token")
 _NOTHING = SpecialTokens({}, (), (), {})
 
 
@@ -62,7 +61,7 @@ class Tokenizer:
         added = {token.text: token for token in (*getattr(backend, "added", ()), *said.added)}
         self._cut = self._with_ids({**{token.text: token for token in self._named}, **added})
         self.bos_id, self.eos_id, self.unk_id = (self._cut[roles[role].text].id if role in roles else None
-                                                 for role in _CORE)
+                                                 for role in CORE)
         self.pad_id = self.unk_id if self.unk_id is not None else self.eos_id
         self._text_of = {token.id: token.text for token in self._cut.values()}
         self._special_ids = {token.id for token in self._cut.values() if token.is_special}

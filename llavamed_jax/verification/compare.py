@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from llavamed_jax.assistant import LlavaMed
+from llavamed_jax.checkpoints.assemble.image_tokens import TABLES
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.checkpoints.soundness import is_finite, what_is_not_finite
@@ -22,7 +23,6 @@ from llavamed_jax.processor import Processor
 from llavamed_jax.text.image_positions import expand_images
 from llavamed_jax.text.tokenizer import TOKENIZERS
 
-VOCABULARY = {"decoder/embed_tokens/embedding": 0, "decoder/lm_head/kernel": 1}  # the axis of the vocabulary
 NEW_TOKENS = 16
 TEXTS = ("What is shown in this image?", "Is there a pleural effusion?\nAnswer: no, 3.5 cm.",
          "naïve – “quoted”, 心臓, x²\n\n  two blanks")
@@ -151,7 +151,7 @@ def _common_shapes(name: str, a: Checkpoint, b: Checkpoint) -> tuple[slice, ...]
     ours, theirs = a.tensors[name].shape, b.tensors[name].shape
     if ours == theirs:
         return tuple(slice(None) for _ in ours)
-    axis = VOCABULARY.get(name)
+    axis = TABLES.get(name)
     if axis is None or not (_has_added_rows(a.config, b.config) or _has_added_rows(b.config, a.config)):
         return None
     least = tuple(map(min, ours, theirs))

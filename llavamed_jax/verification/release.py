@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from llavamed_jax.models.llava import Llava
 from llavamed_jax.processor import Processor
 from llavamed_jax.utils.files import read_json
 from llavamed_jax.utils.hashes import sha256_of
-from llavamed_jax.verification.compare import Row, compare_arrays, table
+from llavamed_jax.verification.compare import Progress, Row, compare_arrays, table
 
 STOCK_TOWER = "openai/clip-vit-large-patch14-336"
 # Image in samples/vqa_rad, question, answer of the annotators.
@@ -49,8 +49,6 @@ OTHERS = (("MedEvalKit (Lingshu's table)", published.MEDEVALKIT["vqa_rad"][0],
            "all questions; open answers judged by GPT-4.1"),
           ("HuatuoGPT-Vision's README", 51.4, "all questions; its own prompts and scorer"),
           ("Hulu-Med's README", 46.6, "all questions; its own prompts and scorer"))
-
-Progress = Callable[[Sequence[str]], Iterable[str]]
 
 
 @dataclass

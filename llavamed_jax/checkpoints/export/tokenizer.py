@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.text.special_tokens import SpecialTokens, Token, read_special_tokens
+from llavamed_jax.text.special_tokens import CORE, SpecialTokens, Token, read_special_tokens
 from llavamed_jax.text.tokenizer_backends import Tokenizers
 from llavamed_jax.utils.files import read_json, write_json
 
 IMAGE, PAD = "<image>", "<pad>"
-_CORE = ("bos_token", "eos_token", "unk_token")
 
 
 # How far the rows of a table may differ from the pieces: a table may be padded, for example to a multiple of 128 on
@@ -113,7 +112,7 @@ def write_tokenizer(files: Mapping[str, Path], out: Path, of_transformers: bool 
     (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     write_json(out / "tokenizer_config.json", dict(
         # `legacy` makes slow classes, too, give text after <image> the original's prefix.
-        **{role: source.names.get(role) for role in _CORE},
+        **{role: source.names.get(role) for role in CORE},
         tokenizer_class="PreTrainedTokenizerFast" if _is_byte_level(tokenizer) else "LlamaTokenizer", legacy=True,
         add_bos_token=_puts_bos_first(out / "tokenizer.json", source.names.get("bos_token")), add_eos_token=False,
         pad_token=PAD,
@@ -131,7 +130,7 @@ def _from_sentencepiece(file: Path, said: SpecialTokens) -> _Source:
     model = sentencepiece.SentencePieceProcessor(model_file=str(file))
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
     ids = {piece: i for i, piece in enumerate(pieces)} | {token.text: token.id for token in said.added}
-    own = zip(_CORE, (model.bos_id(), model.eos_id(), model.unk_id()), strict=True)
+    own = zip(CORE, (model.bos_id(), model.eos_id(), model.unk_id()), strict=True)
     roles = {role: Token(pieces[i]) for role, i in own if i >= 0} | {
         role: token for role, token in said.roles.items() if token.text in ids}
     in_use = {token.text: token for token in (*roles.values(), *said.others) if token.text in ids}
@@ -142,7 +141,7 @@ def _from_sentencepiece(file: Path, said: SpecialTokens) -> _Source:
     if not said.is_legacy:
         prefix += _only_where_the_original_begins(list(in_use), [text for text in named if text not in in_use])
         added = [token._replace(is_normalized=True) for token in added]
-    names = {role: roles[role].text for role in _CORE if role in roles}
+    names = {role: roles[role].text for role in CORE if role in roles}
     scores = {piece: model.get_score(i) for i, piece in enumerate(pieces)
               if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))}
     return _Source({
@@ -213,7 +212,7 @@ def _from_json(file: Path, said: SpecialTokens, follows_file: bool = False) -> _
              for t in tokenizer["added_tokens"]]
     ids = {**tokenizer["model"]["vocab"], **{token.text: token.id for token in added}}
     names = {role: said.roles[role].text if role in said.roles else default
-             for role, default in zip(_CORE, ("<s>", "</s>", "<unk>"), strict=True)}
+             for role, default in zip(CORE, ("<s>", "</s>", "<unk>"), strict=True)}
     names = {role: text for role, text in names.items() if text in ids}
     if "bos_token" in names and said.is_llama and not follows_file:
         tokenizer["post_processor"] = (_begins_with(names["bos_token"], ids[names["bos_token"]])
