@@ -65,7 +65,7 @@ def _programs(metrics: Mapping) -> Iterator[str]:
         for name, title, _ in numbers:
             words = f"{title}, as {program.title} scores"
             yield f"{words:<41}{plain(block[name]):>7}  {_interval(block, name)}".rstrip()
-        if block.get("n_unreadable") or block.get("n_unscored"):
+        if "open_accuracy_read" in block and (block.get("n_unreadable") or block.get("n_unscored")):
             words = "open, with verdicts asked for again"
             yield (f"{words:<41}{plain(block['open_accuracy_read']):>7}  "
                    f"{_interval(block, 'open_accuracy_read')}").rstrip()
