@@ -7,7 +7,8 @@ open_clip cuts the centre with torchvision, which rounds half a pixel to the eve
 down: where the resized edge exceeds the input by 3, 7, 11 … pixels, open_clip's square begins one pixel later.
 LLaVA-Med prepares BiomedCLIP's images by CLIP's processor, as is done here.
 
-Source: open_clip's `transform.py` and `timm_model.py`; spec 1.3.
+Source: open_clip's `transform.py` and `timm_model.py`; `llava/model/llava.py` of LLaVA-Med v1.0; the files of
+`microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.text.special_tokens import CORE, SpecialTokens, Token, read_special_tokens
@@ -110,10 +110,12 @@ def write_tokenizer(files: Mapping[str, Path], out: Path, of_transformers: bool 
                for token in (*source.added, *more)}
     tokenizer = {**source.json, "added_tokens": [{"id": i, **entry} for i, entry in entries.items()]}
     (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    # LLaMA's classes put a blank before a text, whatever the file says; the plain fast class follows the file.
+    is_llamas = not _is_byte_level(tokenizer) and _puts_a_blank_first(tokenizer)
     write_json(out / "tokenizer_config.json", dict(
         # `legacy` makes slow classes, too, give text after <image> the original's prefix.
         **{role: source.names.get(role) for role in CORE},
-        tokenizer_class="PreTrainedTokenizerFast" if _is_byte_level(tokenizer) else "LlamaTokenizer", legacy=True,
+        tokenizer_class="LlamaTokenizer" if is_llamas else "PreTrainedTokenizerFast", legacy=True,
         add_bos_token=_puts_bos_first(out / "tokenizer.json", source.names.get("bos_token")), add_eos_token=False,
         pad_token=PAD,
         clean_up_tokenization_spaces=False, padding_side="left",
@@ -137,7 +139,10 @@ def _from_sentencepiece(file: Path, said: SpecialTokens) -> _Source:
     named = {text: token._replace(id=ids[text], is_special=True) for text, token in in_use.items()} | {
         t.text: t for t in said.added}
     added = sorted((token._replace(is_normalized=False) for token in named.values()), key=lambda token: token.id)
+    has_prefix = _has_dummy_prefix(model)
     prefix = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    if not has_prefix and said.is_legacy:  # without `legacy` the original writes the prefix itself
+        del prefix[0]
     if not said.is_legacy:
         prefix += _only_where_the_original_begins(list(in_use), [text for text in named if text not in in_use])
         added = [token._replace(is_normalized=True) for token in added]
@@ -151,12 +156,26 @@ def _from_sentencepiece(file: Path, said: SpecialTokens) -> _Source:
                            if said.has_bos and "bos_token" in names else None),
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if has_prefix else [])]},
         "model": {"type": "BPE", "dropout": None, "unk_token": names.get("unk_token"),
                   "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
                   "vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": _merges(scores)},
     }, added, names)
+
+
+def _has_dummy_prefix(model: Any) -> bool:
+    """Returns whether a SentencePiece model puts a blank before a text, which its decoder then drops."""
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    return proto.ModelProto.FromString(model.serialized_model_proto()).normalizer_spec.add_dummy_prefix
+
+
+def _puts_a_blank_first(tokenizer: Mapping) -> bool:
+    """Returns whether the normalizer or the pre-tokenizer of a `tokenizer.json` puts a blank before a text."""
+    first = tokenizer.get("pre_tokenizer") or {}
+    scheme = first.get("prepend_scheme", "always" if first.get("add_prefix_space", True) else "never")
+    return "'Prepend'" in str(tokenizer.get("normalizer")) or first.get("type") == "Metaspace" and scheme != "never"
 
 
 def _is_byte_level(tokenizer: Mapping) -> bool:
@@ -221,6 +240,7 @@ def _from_json(file: Path, said: SpecialTokens, follows_file: bool = False) -> _
     if all(isinstance(pair, list) and not any(" " in piece for piece in pair) for pair in merges):
         # As tokenizers before 0.20 wrote them, which read no pairs.
         tokenizer["model"] = {**tokenizer["model"], "merges": [" ".join(pair) for pair in merges]}
-    if (tokenizer.get("pre_tokenizer") or {}).get("type") == "Metaspace":
-        tokenizer["pre_tokenizer"] |= {"prepend_scheme": "always"}
+    first = tokenizer.get("pre_tokenizer") or {}
+    if first.get("type") == "Metaspace" and _puts_a_blank_first(tokenizer):
+        first["prepend_scheme"] = "always"
     return _Source(tokenizer, added, names)

@@ -4,7 +4,8 @@ It differs from CLIP's in what follows: it has no norm before the layers, its pa
 the exact GELU. The torch names are those of transformers' ViTModel; `checkpoints/open_clip.py` maps timm's names in
 open_clip's files to them. Those are the names of files; since transformers 5 its modules have others (`modules`).
 
-Source: transformers' ViTModel; of BiomedCLIP, its open_clip_config.json, timm's `vit_base_patch16_224`, and spec 1.3.
+Source: transformers' ViTModel; of BiomedCLIP, its repository's `open_clip_config.json`, timm's
+`vit_base_patch16_224` (`timm/models/vision_transformer.py`), and `llava/model/llava.py` of LLaVA-Med v1.0.
 """
 
 from __future__ import annotations
