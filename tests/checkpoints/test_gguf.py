@@ -430,6 +430,26 @@ BAD = {
 }
 
 
+# Every key that changes what is computed: a value that does nothing, and one that does.
+CHANGING = {
+    "attention.sliding_window": (0, 4096), "attention.causal": (True, False), "attention.clamp_kqv": (0.0, 8.0),
+    "attention.max_alibi_bias": (0.0, 8.0), "attention.scale": (0.0, 0.125), "attn_logit_softcapping": (0.0, 50.0),
+    "final_logit_softcapping": (0.0, 30.0), "expert_count": (0, 8), "expert_used_count": (0, 2), "logit_scale": (0.0, 0.0625),
+    "residual_scale": (0.0, 1.5), "embedding_scale": (0.0, 12.0), "rope.scaling.attn_factor": (1.0, 1.2),
+    "use_parallel_residual": (False, True)}
+
+
+@pytest.mark.parametrize("key", CHANGING)
+def test_a_setting_that_changes_what_is_computed_is_refused(key, file, capsys):
+    neutral, other = CHANGING[key]
+    gguf_files.model(file, metadata={f"llama.{key}": neutral})
+    read_decoder(file)
+    assert "warning" not in capsys.readouterr().err
+    gguf_files.model(file, metadata={f"llama.{key}": other})
+    with pytest.raises(UserError, match=re.escape(f"has llama.{key} {other}; none, or {neutral}, was expected")):
+        read_decoder(file)
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_files_are_one_sentence_and_leave_nothing(case, file, tmp_path, capsys):
     damage, sentence = BAD[case]

@@ -195,8 +195,10 @@ def test_the_export_gives_our_logits_in_transformers(built, tmp_path):
     assert again.config.decoder == built.config.decoder and again.config.template == built.config.template
 
 
-def test_the_export_in_upstreams_layout_is_read_again(built, tmp_path):
+def test_the_export_in_upstreams_layout_is_read_again(built, tmp_path, capsys):
     export(built.checkpoint, tmp_path / "out", "llava")
+    said = capsys.readouterr().err
+    assert ("LLaVA's own code has no class Llava" in said) is (KINDS[built.kind] in ("qwen3", "olmo2")), said
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     names = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"), "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
              "qwen3": ("llava_qwen3", "LlavaQwen3ForCausalLM"), "olmo2": ("llava_olmo2", "LlavaOlmo2ForCausalLM")}

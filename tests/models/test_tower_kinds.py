@@ -109,5 +109,16 @@ def test_presets_of_full_size(name, tower, tokens, positions):
     assert table.shape[-2:] == (positions, cfg.vision.hidden_size)
 
 
+# As in the published config.json: width, feed-forward width, layers, heads, edge, patch.
+@pytest.mark.parametrize("name, numbers", [
+    ("siglip-so400m-patch14-384", (1152, 4304, 27, 16, 384, 14)), ("siglip-base-patch16-224", (768, 3072, 12, 12, 224, 16)),
+    ("siglip-large-patch16-256", (1024, 4096, 24, 16, 256, 16)), ("siglip2-giant-opt-patch16-384", (1536, 6144, 40, 16, 384, 16)),
+    ("siglip2-so400m-patch16-512", (1152, 4304, 27, 16, 512, 16)), ("siglip2-base-patch32-256", (768, 3072, 12, 12, 256, 32))])
+def test_published_shapes_of_siglip(name, numbers):
+    found = KNOWN_TOWERS[f"google/{name}"]
+    assert (found.hidden_size, found.intermediate_size, found.num_layers, found.num_heads, found.image_size, found.patch_size) == numbers
+    assert (found.layer_norm_eps, found.hidden_act, found.num_channels) == (1e-6, "gelu_pytorch_tanh", 3)
+
+
 def test_every_kind_is_here():
     assert set(KINDS) == set(MODULES) and VisionConfig in KINDS

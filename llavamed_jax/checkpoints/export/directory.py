@@ -23,7 +23,7 @@ from llavamed_jax.checkpoints.torch.layout import to_torch
 from llavamed_jax.checkpoints.torch.write import Progress, total_bytes, write_safetensors
 from llavamed_jax.config import OURS
 from llavamed_jax.config.hf import llava_to_hf
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, warn
 from llavamed_jax.quantized.kernels import Kernel
 from llavamed_jax.quantized.rounding import ROUNDED
 from llavamed_jax.utils.directories import new_directory
@@ -58,6 +58,9 @@ def export(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers"
         raise UserError(f"{checkpoint.directory} has an adapter, and the layout {layout} has no place for one; "
                         "`convert merge-lora` merges it into the model, and `convert export-lora` writes it alone")
     config, ids = llava_to_hf(cfg, layout), None
+    if layout == "llava" and not cfg.decoder.has_original:
+        warn(f"LLaVA's own code has no class {cfg.decoder.original_class}, which the export's config.json names, so "
+             "only this project reads it; --layout transformers is read elsewhere")
     spelled = {name: spellings[0] for name, spellings in names.torch_names(cfg, layout).items()}
     if layout == "transformers" and cfg.image_token_id is None:
         ids = ids_in_transformers(cfg.decoder.vocab_size, checkpoint.files)

@@ -138,6 +138,11 @@ class DecoderConfig:
         return f"llava_{self.original or self.architecture}"
 
     @property
+    def has_original(self) -> bool:
+        """Whether upstream LLaVA has a class of this kind: `original_class` of others exists in this project alone."""
+        return self.original is not None or self.architecture in _TEXT_DEFAULTS
+
+    @property
     def original_class(self) -> str:
         """The class of upstream LLaVA's layout."""
         return f"Llava{self.original.capitalize()}ForCausalLM" if self.original else f"Llava{self.hf_class}"
