@@ -6,8 +6,6 @@ with partial credit, recall counts repetitions in the candidate, and normalisati
 quirks are kept because a corrected metric would be a different metric; `scoring/strict.py` has the strict metrics.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys
@@ -15,10 +13,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # for annotations only
-    from llavamed_jax.evaluation.scoring.metric import Answered
 
 _PUNCTUATION = (
     ";", "/", "[", "]", '"', "{", "}", "(", ")", "=", "+", "\\", "_", "-", ">", "<", "@", "`", ",", "?", "!")
@@ -209,20 +203,20 @@ def normalized(texts: Iterable[object]) -> list[str]:
     return [normalize_word(str(text).lower()) for text in texts]
 
 
-def open_values(answered: Answered) -> dict[str, float]:
+def open_values(prediction: str, reference: str, candidates: CandidateList | None) -> dict[str, float]:
     """Returns the metrics of an open answer; without candidates there is no `open_accuracy_candidates`."""
-    predicted, gold = normalized((answered.text, answered.sample.answer))
+    predicted, gold = normalized((prediction, reference))
     values = {"exact_match": exact_match(predicted, gold)}
     values |= dict(zip(("f1", "precision", "recall"), f1(predicted, gold), strict=True))
     values |= dict(zip(("bleu", "bleu_1", "bleu_2", "bleu_3"), bleu(gold, predicted), strict=True))
-    if answered.candidates is not None:
-        values["open_accuracy_candidates"] = candidate_accuracy(predicted, gold, answered.candidates)
+    if candidates is not None:
+        values["open_accuracy_candidates"] = candidate_accuracy(predicted, gold, candidates)
     return values | {"open_accuracy_substring": is_substring_hit(predicted, gold)}
 
 
-def closed_values(answered: Answered) -> dict[str, float]:
+def closed_values(prediction: str, reference: str) -> dict[str, float]:
     """Returns the metrics of a closed answer."""
-    predicted, gold = normalized((answered.text, answered.sample.answer))
+    predicted, gold = normalized((prediction, reference))
     return {"closed_accuracy_yes_no": is_yes_no_hit(predicted, gold),
             "closed_accuracy_substring": is_substring_hit(predicted, gold),
             "closed_recall": f1(predicted, gold)[2]}

@@ -46,7 +46,7 @@ def counts(monkeypatch):
             if getattr(each, name, None) is real:
                 monkeypatch.setattr(each, name, counted)
 
-    for module, name in ((predictions, "join"), (predictions, "check_asked"), (metrics, "exact_match"), (metrics, "f1"),
+    for module, name in ((predictions, "join"), (predictions, "check_asked"), (metrics, "open_values"), (metrics, "closed_values"),
                          (metrics, "bleu"), (strict, "open_scores"), (statistics, "resample"), (strict, "read_choice"),
                          (captions, "item_values")):
         count(module, name)
@@ -69,7 +69,7 @@ def test_controls_and_comparison_score_each_set_once(counts, tmp_path):
     (tmp_path / "b.jsonl").write_text(to_jsonl([{"question_id": s.question_id, "text": str(s.answer)} for s in SAMPLES]))
     where = [f"--config.data.root={SAMPLE}", "--checkpoint", "runs/x", "--control", "image", "--against", tmp_path / "b.jsonl"]
     assert evaluate(tmp_path / "w", "vqa_rad", *where) == 0
-    assert counts == {"join": 4, "check_asked": 4, "exact_match": 4 * OPEN, "f1": 4 * (OPEN + CLOSED), "bleu": 4 * OPEN,
+    assert counts == {"join": 4, "check_asked": 4, "open_values": 4 * OPEN, "closed_values": 4 * CLOSED, "bleu": 4 * OPEN,
                       "open_scores": 4 * OPEN, "resample": 4 * FAMILIES + num_groups(tmp_path / "w")}  # fmt: skip
     found = json.loads((tmp_path / "w" / "metrics.json").read_text())
     assert found["against"]["strict"]["open_f1"]["other"] == 100 and found["control"]["noise"]["difference"]["open_f1"] == 0
@@ -78,7 +78,7 @@ def test_controls_and_comparison_score_each_set_once(counts, tmp_path):
 def test_a_file_is_joined_once(counts, tmp_path):
     (tmp_path / "b.jsonl").write_text(to_jsonl([{"question_id": s.question_id, "text": "yes"} for s in SAMPLES]))
     assert evaluate(tmp_path / "w", "vqa_rad", f"--config.data.root={SAMPLE}", "--predictions", tmp_path / "b.jsonl") == 0
-    assert counts == {"join": 1, "check_asked": 1, "exact_match": OPEN, "f1": OPEN + CLOSED,
+    assert counts == {"join": 1, "check_asked": 1, "open_values": OPEN, "closed_values": CLOSED,
                       "bleu": OPEN, "open_scores": OPEN, "resample": FAMILIES + num_groups(tmp_path / "w")}  # fmt: skip
 
 
