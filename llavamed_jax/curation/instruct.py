@@ -216,6 +216,7 @@ class _Run:
     def _wave(self, service, advance) -> bool:
         """Asks until nothing is left or the budget allows no more; returns whether another wave may go on."""
         asked: dict[int, Figure] = {}
+        too_dear: set[str] = set()
         is_short = False
 
         def requests() -> Iterator[tuple[int, list[dict]]]:
@@ -232,6 +233,8 @@ class _Run:
             figure = asked[number]
             tokens, is_room = self.budget.lose(figure.pair_id, counts)
             self.folder.lose(self.key(figure), *tokens)
+            if not is_room:
+                too_dear.add(figure.pair_id)
             return is_room
 
         found = service.each(requests(), max_tokens=self.args.max_tokens, temperature=self.args.temperature, lost=lost)
@@ -240,7 +243,9 @@ class _Run:
                 figure = asked.pop(number)
                 name = figure.pair_id
                 if isinstance(reply, UserError):
-                    self.failed[name] = reply
+                    why = (f"; the budget of {self.budget.dollars:,.2f} US dollars allows no further attempt"
+                           if name in too_dear else "")
+                    self.failed[name] = UserError(f"{reply}{why}")
                     self.budget.free(name)
                 else:
                     self.replies.add(self.key(figure), reply)

@@ -273,6 +273,7 @@ def test_attempts_that_were_paid_for_in_vain_count(tmp_path, fast, capsys, answe
             return
         each = 0.5 if lost else 1.0
         attempts = min(4, int((3.2 - 1) / each) + 1)  # the next one might cost one dollar
+        assert ("the budget of 3.20 US dollars allows no further attempt" in capsys.readouterr().err) == (not lost)
         assert len(found.log) <= attempts == len(costs(tmp_path))  # one that was not accepted in time counts too
         assert all(tokens == lost if lost else tokens[1] == 100 and tokens[0] > 1000 for tokens in costs(tmp_path))
         assert go("3.2") == (75 if not lost else 1) and len(costs(tmp_path)) == attempts + (1 if lost else 0)
