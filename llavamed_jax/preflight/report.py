@@ -236,7 +236,7 @@ def remarks(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                      "that are supervised throughout" for row in rows if row.get("floor")})
     lines += [f"{row['topology']}: remat is {row['remat']}" for row in rows if row.get("remat")]
     lines += sorted({f"model: {row['model']}" for row in rows})
-    lines += sorted({f"tokens per sample: {row['mean_length']}, with {row.get('mean_images', 1.0):g} images "
+    lines += sorted({f"tokens per sample: {row['mean_length']}, images per sample: {row.get('mean_images', 1.0):g} "
                      "(data.mean_… of the recipe)" for row in rows if row.get("mean_length")})
     lines += [f"{row['topology']}: rows have {row['longest_sample']} tokens; with a longer sample a run has other "
               "rows, or refuses the mesh" for row in rows if row.get("longest_sample")]

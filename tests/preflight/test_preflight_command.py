@@ -263,7 +263,7 @@ def test_small_numbers_are_not_shown_as_none(number, text):
 
 
 def test_the_mean_length_is_printed():
-    assert "tokens per sample: 1080, with 2 images (data.mean_… of the recipe)" in report.remarks([{**row("cpu-1"), "mean_images": 2.0}])
+    assert "tokens per sample: 1080, images per sample: 2 (data.mean_… of the recipe)" in report.remarks([{**row("cpu-1"), "mean_images": 2.0}])
 
 
 # ---- command lines
