@@ -19,7 +19,7 @@ from llavamed_jax.curation.domain_answers import read_domains
 from llavamed_jax.curation.domains import domains_of
 from llavamed_jax.curation.extra import needed
 from llavamed_jax.curation.sources import SOURCES, Found, Refused, layout_of
-from llavamed_jax.errors import UsageError, short
+from llavamed_jax.errors import UsageError, count_of, short
 from llavamed_jax.utils import signals
 from llavamed_jax.utils.directories import new_directory
 from llavamed_jax.utils.files import to_jsonl
@@ -64,8 +64,9 @@ def run(args: argparse.Namespace) -> None:
         writer.close()
     print(f"{args.out}: {writer.kept:,} figures of {source} ({layout})")
     if args.domains:
-        print(f"  domains of {args.domains}: {writer.stated:,} of {len(domains):,} used; the other "
-              f"{writer.kept - writer.stated:,} figures have those of their caption's words")
+        other = writer.kept - writer.stated
+        others = count_of(other, "other figure has those of its", "other figures have those of their")
+        print(f"  domains of {args.domains}: {writer.stated:,} of {len(domains):,} used; {others} caption's words")
     for line in writer.summary():
         print(f"  {line}")
     if not writer.kept:

@@ -45,7 +45,17 @@ _REPRINTED = re.compile(
 _COPYRIGHT = re.compile(r"\u00a9|\(c\)|\bcopyright\b", re.IGNORECASE)
 _AUTHORS = re.compile(r"\bauthors?\b")
 _NEEDS_NONE = re.compile(r"\b(?:without|no)\s+(?:\w+\s+){0,4}permissions?", re.IGNORECASE)
-_CONSENT = re.compile(r"patient|parent|guardian|famil|participant|subject|informed|next\s+of\s+kin", re.IGNORECASE)
+_PERSON = (r"\b(?:patients?|parents?|parental|guardians?|famil(?:y|ies)|participants?|subjects?|volunteers?|donors?|"
+           r"mother|father|son|daughter|wife|husband|spouse|relatives?|child|next\s+of\s+kin)\b")
+_OF_PERSON = (r"(?:his\s*(?:/|or)\s*her\s+)?(?-i:(?!(?:of|from|for|by|in|and|or)\b)[a-z'\u2019]+\s+){0,3}?"
+              rf"{_PERSON}(?![\w'\u2019-])")
+_CONSENT = re.compile(  # of the person whom a figure shows, which says nothing about who owns the figure
+    rf"{_PERSON}(?:['\u2019]s?)?\s+(?:(?:written|informed|verbal|oral|explicit|express|full|kind)\s+){{0,2}}"
+    r"(?:consent\s+and\s+)?permissions?\b(?!\s+(?:of|from|by)\b)"
+    rf"|\bpermissions?\s+(?:of|from|by)\s+{_OF_PERSON}(?:(?:\s*,)?\s*(?:and|or|/)\s*(?:of\s+|from\s+)?{_OF_PERSON})*"
+    r"(?=\s*(?:[.,;:)\]]|$|(?:to|for|who|whose|in|is|was|were|has|after|shown|depicted|described|involved|concerned)\b))"
+    r"(?!\s*,\s*(?:and|or)\b)"
+    r"|\binformed\s+(?:written\s+)?(?:consent\s+(?:and|or)\s+)?permissions?\b(?!\s+(?:of|from|by)\b)", re.IGNORECASE)
 
 
 def strictest(codes: Iterable[str]) -> str:
@@ -83,7 +93,7 @@ def licence_of_figure(fig) -> str:
     own = [each for one in (fig, *(child for child in fig if local(child) in ("graphic", "media"))) for each in one
            if local(each) in ("permissions", "attrib", "copyright-statement", "copyright-holder", "caption")]
     for each in own:
-        if any(_is_by_permission(part) and not _CONSENT.search(part) for part in _parts(text_of(each))):
+        if any(_is_by_permission(part) for part in _parts(text_of(each))):
             return UNKNOWN
     codes = [licence_of_article(each) for each in own
              if local(each) == "permissions" and any(local(one) in ("license", "license_ref") for one in each.iter())]
@@ -154,7 +164,8 @@ def _parts(text: str) -> list[str]:
 
 
 def _is_by_permission(sentence: str) -> bool:
-    return _BY_PERMISSION.search(_NEEDS_NONE.sub("", sentence)) is not None
+    """Returns whether a sentence speaks of a permission that its owner gave, and not of a person's consent."""
+    return _BY_PERMISSION.search(_CONSENT.sub("", _NEEDS_NONE.sub("", sentence))) is not None
 
 
 def _code(parts: set[str]) -> str:

@@ -126,6 +126,16 @@ def test_the_most_restrictive_reading_of_a_licence_wins(permissions, wanted):
     ("<caption><p>CT. Image reused from [3] with permission, CC BY.</p></caption>", "unknown"),
     ("<caption><p>CT. Used with the patient's permission.</p></caption>", ""), ("<caption><p>CT, from [3] (CC BY-NC 4.0).</p></caption>", "CC BY-NC"),
     ("<caption><p>CT.</p></caption><attrib>By permission of the Mayo Foundation.</attrib>", "unknown"),
+    *((f"<caption><p>{caption}</p></caption>", "unknown") for caption in (  # a patient in the sentence gave no permission
+        "Axial CT of a patient with sarcoidosis, used with permission of Elsevier.", "MRI in a patient with glioma (with permission of Springer Nature).",
+        "Familial polyposis, by permission of the Mayo Foundation.", "Subject positioning, adapted with permission of Wiley.",
+        "CT of a patient used with permission.", "CT, used with permission from the patient and Elsevier.", "CT, used with permission from the patient, and Elsevier.",
+        "CT, with permission of American Family Physician.", "CT, reproduced with permission of the family medicine journal.", "CT of the patient, all rights reserved.",
+        "CT, used with the patient's permission and by permission of Wiley.", "CT, used with permission from elsevier for the patient.")),
+    *((f"<caption><p>{caption}</p></caption>", "") for caption in (
+        "CT, published with permission of the patient.", "CT, used with the permission of his or her parents.", "CT (with permission from the patient and her family).",
+        "CT, used with the patient\u2019s written permission.", "CT, reproduced with parental permission.", "CT, used with informed consent and permission.",
+        "CT, used with permission from the patient\u2019s mother for publication.", "CT, obtained with informed consent.")),
     ("<caption><p>CT. Reprinted from Smith et al. [12].</p></caption>", "unknown"), ("<caption><p>CT, courtesy of Dr. X.</p></caption>", "unknown"),
     ("<caption><p>CT, adapted and modified from [3], CC BY-SA 4.0.</p></caption>", "CC BY-SA"), ("<caption><p>CT of cells from [3].</p></caption>", ""),
     ("<caption><p>CT.</p></caption><attrib>© 2015 Elsevier.</attrib>", "unknown"), ("<caption><p>CT (c) of 2015.</p></caption><attrib>Photo: A. B.</attrib>", ""),
@@ -306,7 +316,7 @@ def test_domains_that_a_model_has_told(tmp_path, capsys):
     assert main(argv) == 0
     assert ["+".join(key for key, is_in in row["domain"].items() if is_in) for row in lines(tmp_path / "out/figures.jsonl")] == ["ct_scan", "histology", "", "mri"]
     assert all(list(row["domain"]) == list(domains_of("")) for row in lines(tmp_path / "out/figures.jsonl"))
-    assert "3 of 4 used; the other 1 figures have those of their caption's words" in capsys.readouterr().out
+    assert "3 of 4 used; 1 other figure has those of its caption's words" in capsys.readouterr().out
     for text, said in (("{", "line 1 of"), ('{"pair_id": "a", "domain": "CT"}', "has the domain 'CT'"), ('{"domain": "mri"}', "pair_id and domain was expected"),
                        ('{"pair_id": "a", "domain": {"mri": 1}}', "object of booleans"), ('{"pair_id": "a"}', "has the domain")):
         answers.write_text(text)
