@@ -55,6 +55,39 @@ class Missing:
         return self.reason in (NOT_REACHED, MIRROR_FAILED, WEB_PAGE)
 
 
+def as_now(why: Missing, licences: Collection[str] | None) -> Missing:
+    """Returns what a reason that an earlier version wrote is called now.
+
+    `licence without media` also stood for articles of a CC licence for which the bucket has no media.
+
+    Args:
+      why: the reason of a line.
+      licences: the licences to take; None takes all.
+    """
+    licence = why.detail.partition(", ")[2]
+    if why.reason != NO_MEDIA or licence_of(licence) not in COMMERCIAL | NON_COMMERCIAL:
+        return why
+    if licences is not None and licence_of(licence) not in licences:
+        return Missing(EXCLUDED, why.detail)
+    return Missing(NAME_GONE, why.detail, licence)
+
+
+def joined(before: Missing, why: Missing) -> Missing:
+    """Joins why the bucket, or one mirror, lacks a name with why the next place does.
+
+    What is temporary stays the reason, since another run may have more luck there; a failure, which ends the command
+    with a status, goes before a web page.
+
+    Args:
+      before: the reason of the first place.
+      why: the reason of the next one.
+    """
+    rank = lambda each: each.is_temporary + (each.reason in (NOT_REACHED, MIRROR_FAILED))
+    first, then = (before, why) if rank(before) > rank(why) else (why, before)
+    return Missing(first.reason, f"{first.detail} (elsewhere: {then.reason}{then.detail and ', '}{then.detail})",
+                   before.licence)
+
+
 def resolve(bucket: Bucket, pmcid: str, number: int | None, wanted: Sequence[str],
             licences: Collection[str] | None) -> dict[str, list[Found] | Missing]:
     """Finds each wanted file of an article: lists its versions, and reads their metadata from the newest on.

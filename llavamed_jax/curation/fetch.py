@@ -108,7 +108,8 @@ class Fetch:
         """Returns the rows of each article that are neither there nor known to be missing."""
         self._read_manifest()
         gone = {} if self._settings.retry_missing else {
-            (line.get("pmcid"), line.get("asked"), line.get("name")): missing_from(line)
+            (line.get("pmcid"), line.get("asked"), line.get("name")): articles.as_now(missing_from(line),
+                                                                                      self._settings.licences)
             for line in self._folder.lines(store.MISSING) if not missing_from(line).is_temporary}
         whole = {(line.get("pmcid"), line.get("asked_version")): line["paths"]
                  for line in self._folder.lines(store.RESOLVED) if isinstance(line.get("paths"), list)}
@@ -317,27 +318,32 @@ class Fetch:
                     and self.missing[row].reason not in _NOT_FILLED
                     and (mirror.place, row.pmcid, row.file) not in self._asked_mirrors]
             answer = mirror.find(left, MOST_FILE) if left else Answer()
-            failed |= answer.failed
+            failed |= {row: articles.joined(failed[row], why) if row in failed else why
+                       for row, why in answer.failed.items()}
             for row, (data, source) in answer.found.items():
                 self._fill_one(row, data, source)
             lacks = [row.file for row in left if row in self.missing
+                     and not (row in answer.found and self.missing[row].is_temporary)
                      and (row not in answer.failed or not answer.failed[row].is_temporary)]
             if lacks and mirror.is_address:  # a folder may have been filled until the next run
                 self._folder.append(store.MIRRORS, {"mirror": mirror.place, "pmcid": left[0].pmcid, "lacks": lacks})
         for row, why in failed.items():
             before = self.missing.get(row)
             if before is not None:
-                self._miss(row, Missing(why.reason, f"{why.detail} (the bucket: {before.reason})", before.licence))
+                self._miss(row, articles.joined(before, why))
 
     def _fill_one(self, row: Wanted, data: bytes, source: str) -> None:
-        licence = self.missing[row].licence
+        before = self.missing[row]
+        licence = before.licence
         if self._settings.licences is not None and not licence:
-            self._miss(row, Missing(articles.UNKNOWN_LICENCE, source))
+            why = Missing(articles.UNKNOWN_LICENCE, source)
+            self._miss(row, articles.joined(before, why) if before.is_temporary else why)
             return
         try:
             self._accept(row, data, False, source, licence=licence)
         except DamagedError as error:
-            self._miss(row, Missing(articles.DAMAGED, f"{source}: {error}", licence))
+            why = Missing(articles.DAMAGED, f"{source}: {error}", licence)
+            self._miss(row, articles.joined(before, why) if before.is_temporary else why)
         else:
             with self._lock:
                 del self.missing[row]

@@ -302,6 +302,40 @@ def test_a_mirror_that_fails_is_named(bucket, tmp_path, capsys, monkeypatch):
     assert fetch(bucket, list_file, tmp_path / "out", *mirrors, "--retry_missing") == 0 and bucket.asked["old/aa/01/PMC1.tar.gz"] == 2
 
 
+@pytest.mark.parametrize("kind", ["damaged package", "damaged image", "web page", "unknown licence", "another mirror"])
+def test_a_mirror_does_not_hide_that_the_server_failed(bucket, tmp_path, capsys, kind):
+    """The next run has what the first could not get, from the bucket or from the mirror."""
+    bucket.article("PMC1", 1, {"a.jpg": picture(1)})
+    bucket.once = {"metadata/PMC1.1.json" if kind == "unknown licence" else "PMC1.1/a.jpg": [500], "two/PMC1/a.jpg": [500]}
+    package(tmp_path / "p.tar.gz", {"PMC1/a.jpg": picture(1), "PMC1/x": os.urandom(4000)})
+    bucket.objects |= {"one/PMC1.tar.gz": (tmp_path / "p.tar.gz").read_bytes()[:60], "one/PMC1/a.jpg": {"damaged image": b"no image", "web page": HTML}.get(kind, picture(1))}
+    place = "one/{pmcid}.tar.gz" if kind in ("damaged package", "another mirror") else "one/{pmcid}/{file}"
+    command = ["--retries", "0", *(["--licence", "commercial"] if kind == "unknown licence" else []),
+               *(["--mirror", bucket.url + "two/{pmcid}/{file}"] if kind == "another mirror" else []), "--mirror", bucket.url + place]
+    list_file, out = write_list(tmp_path / "list", ["PMC1/a.jpg"]), tmp_path / "out"
+    assert fetch(bucket, list_file, out, *command) == 1 and "failed for 1 file" in capsys.readouterr().err
+    (line,) = lines(out / "missing.jsonl")
+    assert line["reason"] == ("mirror failed" if kind == "another mirror" else "server failed") and "(elsewhere: " in line["detail"]
+    bucket.objects["one/PMC1.tar.gz"] = b""
+    assert fetch(bucket, list_file, out, *command) == 0 and lines(out / "missing.jsonl") == []
+    assert md5((out / "images/PMC1/a.jpg").read_bytes()) == md5(picture(1))
+
+
+@pytest.mark.parametrize(("detail", "licence", "reason"), [
+    ("version 1, CC BY", "none", None), ("version 2, cc by-nc 4.0", "none", None), ("version 1, CC BY", "commercial", None),
+    ("version 1, CC BY-NC", "commercial", "licence excluded by --licence"), ("version 1, TDM", "none", "licence without media"), ("", "none", "licence without media")])
+def test_lines_of_an_earlier_version_keep_no_mirror_from_articles_of_a_cc_licence(bucket, tmp_path, detail, licence, reason):
+    (tmp_path / "mirror/PMC1").mkdir(parents=True)
+    (tmp_path / "mirror/PMC1/a.jpg").write_bytes(picture(1))
+    list_file, out = write_list(tmp_path / "list", ["PMC1/a.jpg"]), tmp_path / "out"
+    assert fetch(bucket, list_file, out, "--licence", licence) == 0
+    (line,) = lines(out / "missing.jsonl")
+    write_list(out / "missing.jsonl", [{**line, "reason": "licence without media", "detail": detail, "licence": ""}])
+    assert fetch(bucket, list_file, out, "--licence", licence, "--mirror", str(tmp_path / "mirror")) == 0
+    assert [line["reason"] for line in lines(out / "missing.jsonl")] == ([reason] if reason else [])
+    assert (out / "images/PMC1/a.jpg").is_file() == (reason is None)
+
+
 def test_a_package_is_never_in_memory(bucket, tmp_path):
     package(tmp_path / "p.tar.gz", {"PMC1/film.avi": os.urandom(20_000_000), "PMC1/a.jpg": picture(1)})
     bucket.objects["PMC1.tar.gz"] = (tmp_path / "p.tar.gz").read_bytes()
