@@ -37,17 +37,20 @@ def prepare(out: Path, sources: list[Path], vision: str, seed: int) -> None:
     Raises:
       UserError: the folder was made from other sources, another tower or another seed.
     """
-    file, wanted = out / "made_from.json", {"sources": [str(path.resolve()) for path in sources], "vision": vision, "seed": seed}
-    made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else wanted
-    if made != wanted:
-        raise UserError(f"{out} was made from {made}; the same, or another --out was expected, and not {wanted}")
+    file = out / "made_from.json"
+    wanted = {"sources": [str(path.resolve()) for path in sources], "seed": seed,
+              "vision": vision if vision.startswith("preset:") or not Path(vision).exists() else str(Path(vision).resolve())}
+    made = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if made != wanted and (made is not None or (out / "init").exists()):
+        raise UserError(f"{out} was made from {made or 'what it does not say'}; another --out was expected for {wanted}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(wanted) + "\n")
     if not (out / "init").is_dir():
         decoder = smollm2.fetch()
         command("-m", "convert", "build", "--decoder", decoder, "--vision", vision, "--projector", "mlp2x_gelu",
                 "--seed", seed, "--out", out / "init")
     held_out = json.loads((SAMPLE / "held_out.json").read_text(encoding="utf-8"))["images"]
     found = smol_texts.write(sources or [SAMPLE], out / "texts", () if sources else held_out)
-    write_text(file, json.dumps(wanted) + "\n")
     print(", ".join(f"{count} records in {out / 'texts' / name}" for name, count in found.items()), flush=True)
 
 

@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
-from samples import smol_texts
+import pytest
+
+from llavamed_jax.errors import UserError
+from samples import smol, smol_texts
 
 SAMPLE = Path(__file__).parents[1] / "samples/vqa_rad"
 
@@ -38,3 +41,21 @@ def test_parts_of_a_list_are_few_and_alike():
     for n in range(1, 40):
         found = smol_texts._groups([*range(n)])
         assert sum(found, []) == [*range(n)] and len(found) == -(-n // 6) and max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_a_folder_that_was_made_otherwise_is_refused(tmp_path, monkeypatch):
+    """Its tower would be another's, and its name would say otherwise."""
+    built = []
+    monkeypatch.setattr(smol.smollm2, "fetch", lambda: tmp_path / "x.gguf")
+    monkeypatch.setattr(smol, "command", lambda *words: (built.append(words), Path(words[-1]).mkdir(parents=True)))
+    out = tmp_path / "out"
+    for _ in range(2):
+        smol.prepare(out, [], "preset:small", 0)
+    assert len(built) == 1 and "preset:small" in built[0] and (out / "texts/questions.json").is_file()
+    for other in (([SAMPLE], "preset:small", 0), ([], "runs/small", 0), ([], "preset:small", 1)):
+        with pytest.raises(UserError, match="was made from .*; another --out was expected for"):
+            smol.prepare(out, *other)
+    (out / "made_from.json").unlink()
+    with pytest.raises(UserError, match="was made from what it does not say"):
+        smol.prepare(out, [], "preset:small", 0)
+    assert len(built) == 1

@@ -86,7 +86,7 @@ def _add(found: Questions, row: Row, subject: str, answers: Mapping[str, Row]) -
     answer, given = row.text("answer"), row["answer"]
     if answer in ("", "?") and str(identity) in answers:
         given = answers[str(identity)]["ground_truth"]
-        answer = ", ".join(given) if isinstance(given, list) else answers[str(identity)].text("ground_truth")
+        answer = ", ".join(map(str, given)) if isinstance(given, list) else answers[str(identity)].text("ground_truth")
     images = [row[name] for name in PICTURES if name in row]
     fields = {"question_type": subject.replace("_", " "), "modality": row.labels("img_type")}
     if answer in ("", "?"):

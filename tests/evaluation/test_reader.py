@@ -193,6 +193,7 @@ def test_signs_that_carry_meaning_are_kept(number):
 
 @pytest.mark.parametrize("text, gold, is_right", [
     ("X-ray", "X ray", True), ("L4-5", "L4–5", True), ("3-5 cm", "3 5 cm", True), ("T2-weighted", "T2 weighted", True), ("T2- weighted", "T2-weighted", True),
+    ("C5- C6", "C5-C6", True), ("L4- L5", "L4-L5", True), ("T1- and T2 weighted", "T1 and T2 weighted", True), ("T2- FLAIR", "T2 FLAIR", True), ("L4-", "L4", True),
     ("- 5", "5", True), ("+ liver", "liver", True), ("> liver", "liver", True), ("liver -> lung", "liver lung", True), ("CT + MRI", "CT MRI", True),
     ("CT+MRI", "CT MRI", True), ("lung- it is seen", "lung", True), ("lung -", "lung", True), ("T2— it is seen", "T2", True), ("3 -5", "3-5", True),
     ("-0.5", "0.5", False), ("<.5", ".5", False), ("~<5", "<5", False), ("no <b>mass</b>", "no mass", True), ("T2+, not seen", "T2", False)])

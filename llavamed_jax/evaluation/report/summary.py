@@ -65,12 +65,13 @@ def _programs(metrics: Mapping) -> Iterator[str]:
         for name, title, _ in numbers:
             words = f"{title}, as {program.title} scores"
             yield f"{words:<41}{plain(block[name]):>7}  {_interval(block, name)}".rstrip()
-        if "open_accuracy_read" in block and (block.get("n_unreadable") or block.get("n_unscored")):
-            words = "open, with verdicts asked for again"
+        if "open_accuracy_read" in block and (block["n_unreadable"] or block["n_unscored"]):
+            words = "open, answers with a verdict"
             yield (f"{words:<41}{plain(block['open_accuracy_read']):>7}  "
                    f"{_interval(block, 'open_accuracy_read')}").rstrip()
-            yield (f"  {block['n_unreadable']} first replies of the judge hold no verdict and count as wrong above; "
-                   f"{block['n_unscored']} answers have none even so and are left out here")
+            again = (f"{block['n_unreadable']} first replies of the judge hold no verdict and count as wrong above; "
+                     "it was asked again; " if block["n_unreadable"] else "")
+            yield f"  {again}left out here, without a verdict: {block['n_unscored']}"
         if beside := block.get("published"):
             yield (f"  published: {beside['accuracy']} ({beside['model']}; {beside['low']:.1f} to {beside['high']:.1f} "
                    "agrees)" if "accuracy" in beside else f"  {beside['reason']}")

@@ -2,7 +2,7 @@
 
 The normalisation of the VQA evaluation removes `<`, `>`, `+` and `-`. `kept` puts marks of their own in place of those
 that carry meaning, which no rule for punctuation touches, and `written` turns the marks back. Other dashes part words
-(`X-ray`, `L4-5`), and a plus before a number says nothing.
+(`X-ray`, `L4-5`, `C5- C6`, `T2- FLAIR`), and a plus before a number says nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ _ENDS = r"(?=\s*(?:$|\n|[,;:.!?)\]}/|*_\"'”’。，、…—–]))"
 _POSITIVE = re.compile(rf"(?<=[A-Za-z0-9])\s?([+\u207a]+)(?:(?=\s[A-Za-z])(?<!\s[+\u207a])|{_ENDS})", re.MULTILINE)
 _MARKER = ("er|pr|ar|rh|hiv|hbv|hcv|hpv|ebv|cmv|alk|egfr|braf|idh|mgmt|ros|kras|nras|gram|afb|ana|anca|rf|"
            r"[a-z]+\d[a-z0-9]*|\d+[a-z]+\d*")
-_MISSING = re.compile(rf"\b({_MARKER})[{_MINUS}](?:(?=\s+(?!weighted|w\b|\W)\S)|{_ENDS})", re.IGNORECASE | re.MULTILINE)
+# Of vertebrae, and of MR sequences in front of a word: no markers.
+_NAMES = rf"(?![cls]\d{{1,2}}[{_MINUS}]|t\d{{1,2}}[{_MINUS}]\s+\w)"
+_MISSING = re.compile(
+    rf"\b{_NAMES}({_MARKER})[{_MINUS}](?:(?=\s+(?!weighted|w\b|\W)\S)|{_ENDS})", re.IGNORECASE | re.MULTILINE)
 _BLOOD_GROUP = re.compile(rf"[\s*_\"'“‘(\[]*(ab|a|b|o)[{_MINUS}][\s*_\"'”’)\].]*", re.IGNORECASE)
 
 
