@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int | None:
     settings = {"model": args.model, "prompt": prompt.wording, "mentions": not args.without_mentions,
                 "max_tokens": args.max_tokens, "temperature": args.temperature}
     with instruct_folder.opened(out, settings, not args.dry_run) as kept:
-        made = _Run(args, figures, prompt, prices, kept, Batches(out, settings, kept.again))
+        made = _Run(args, figures, prompt, prices, kept, Batches(out, settings, kept.over))
         estimate = made.estimate()
         print(estimate, flush=True)
         if args.dry_run:

@@ -10,15 +10,16 @@ file that was never sent is undone by removing it.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavamed_jax.curation.figure_file import Figure
 from llavamed_jax.curation.instruct_cost import tokens_of
-from llavamed_jax.curation.instruct_folder import Folder, lines_of
+from llavamed_jax.curation.instruct_folder import Folder
+from llavamed_jax.curation.instruct_ids import BATCH, identity, ids_in, key_of, request_files
+from llavamed_jax.curation.instruct_lines import lines_of
 from llavamed_jax.errors import UserError, cut, warn
 from llavamed_jax.utils.files import write_whole
 from llavamed_jax.utils.hashes import sha256
@@ -29,7 +30,6 @@ if TYPE_CHECKING:  # it imports openai, which takes a second
 MOST_REQUESTS = 50_000
 MOST_BYTES = 200_000_000
 _FAILED = "failed.jsonl"
-_MARK = re.compile(r"(.*)-[0-9a-f]{8}")
 
 
 class Batches:
@@ -38,7 +38,7 @@ class Batches:
     Args:
       folder: the folder of the run.
       settings: the settings of the run, of which each new `custom_id` has a hash.
-      again: key -> the `max_tokens` of earlier replies without content, since which the question is asked again.
+      over: each `custom_id` since which the question is asked again with more tokens.
 
     Attributes:
       folder: the folder of the request files.
@@ -48,37 +48,31 @@ class Batches:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, object] | None = None,
-                 again: Mapping[str, Collection[int]] | None = None):
-        self.folder, self._settings, self._again = folder / "batch", dict(settings or {}), again or {}
+                 over: Collection[str] = ()):
+        self._run, self.folder, self._settings, self._over = folder, folder / BATCH, dict(settings or {}), over
         self._written: Counter[str] = Counter()  # by custom_id, as the failures
         self._of_key: dict[str, set[str]] = {}
         for file in self.files():
-            for each in _ids(file):
-                self._add(each)
+            for each in ids_in(file):
+                if each is None:
+                    warn(f"{file} has a damaged line; its figure counts as not asked")
+                else:
+                    self._add(each)
         self._failures = {line["result"]: str(line["custom_id"]) for line in lines_of(self.folder / _FAILED)
                           if isinstance(line, dict) and {"result", "custom_id"} <= line.keys()}
         self._num_failures = Counter(self._failures.values())
 
-    def _add(self, identity: str) -> None:
-        self._written[identity] += 1
-        self._of_key.setdefault(_key_of(identity), set()).add(identity)
-
-    def _identity(self, key: str, **changes: object) -> str:
-        """Returns the `custom_id` of a question in a run of these settings."""
-        return f"{key}-{sha256(json.dumps(self._settings | changes, sort_keys=True, default=str))[:8]}"
-
-    def _is_over(self, identity: str) -> bool:
-        """Returns whether a question was asked again with more tokens since this request."""
-        key = _key_of(identity)
-        return any(identity == self._identity(key, max_tokens=limit) for limit in self._again.get(key, ()))
+    def _add(self, name: str) -> None:
+        self._written[name] += 1
+        self._of_key.setdefault(key_of(name), set()).add(name)
 
     def files(self) -> list[Path]:
         """Returns the request files in order."""
-        return sorted(self.folder.glob("requests-*.jsonl"))
+        return request_files(self._run)
 
     def is_pending(self, key: str) -> bool:
         """Returns whether a request with a key was written that has not failed."""
-        return any(self._written[each] > self._num_failures[each] and not self._is_over(each)
+        return any(self._written[each] > self._num_failures[each] and each not in self._over
                    for each in self._of_key.get(key, ()))
 
     def keys(self) -> list[str]:
@@ -116,8 +110,8 @@ class Batches:
             made.append((file, len(lines)))
 
         for key, figure in figures:
-            identity = self._identity(key)
-            request = {"custom_id": identity, "method": "POST", "url": "/v1/chat/completions", "body": body(figure)}
+            name = identity(key, self._settings)
+            request = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body(figure)}
             line = json.dumps(request).encode() + b"\n"
             if len(line) > most_bytes:
                 raise UserError(f"the request for {cut(figure.pair_id)} has {len(line):,} bytes; at most "
@@ -127,7 +121,7 @@ class Batches:
                 lines, size = [], 0
             lines.append(line)
             size += len(line)
-            self._add(identity)
+            self._add(name)
         if lines:
             flush()
         return made
@@ -160,15 +154,15 @@ class Batches:
         name = line["custom_id"]
         if not self._written[name]:
             return "of questions that were not in a batch of this run"
-        if self._is_over(name):
+        if name in self._over:
             return "of questions that were asked again with more tokens"
-        if _key_of(name) in kept.replies:
+        if key_of(name) in kept.replies:
             return "of figures that have a reply"
         response = line.get("response") if isinstance(line.get("response"), dict) else {}
         try:
             if line.get("error") or response.get("status_code") != 200:
                 raise PassingError("failed")
-            kept.replies.add(_key_of(name), read_reply(json.dumps(response.get("body")).encode()))
+            kept.replies.add(key_of(name), read_reply(json.dumps(response.get("body")).encode()))
         except PassingError as error:
             return self._failed(line, name, kept, error)
         except RecursionError:
@@ -179,7 +173,7 @@ class Batches:
         result = sha256(json.dumps(line, sort_keys=True, default=str))
         if result not in self._failures:
             if error.is_billed:
-                kept.lose(_key_of(name), *(error.counts or self._most(name)))
+                kept.lose(key_of(name), *(error.counts or self._most(name)))
             self._failures[result] = name
             self._num_failures[name] += 1
             try:
@@ -194,17 +188,3 @@ class Batches:
         asked = next(line["body"] for file in self.files() for line in lines_of(file)
                      if isinstance(line, dict) and line.get("custom_id") == name)
         return tokens_of(asked["messages"]), asked["max_completion_tokens"]
-
-
-def _key_of(name: str) -> str:
-    """Returns the key of the question in a `custom_id`."""
-    match = _MARK.fullmatch(name)
-    return match[1] if match else name
-
-
-def _ids(file: Path) -> Iterator[str]:
-    for line in lines_of(file):
-        if isinstance(line, dict) and isinstance(line.get("custom_id"), str):
-            yield line["custom_id"]
-        else:
-            warn(f"{file} has a damaged line; its figure counts as not asked")

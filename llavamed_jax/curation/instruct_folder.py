@@ -1,11 +1,12 @@
 """The folder of a run that generates conversations: its settings, and every reply that was paid for.
 
-`replies.jsonl` grows by one line a reply, written before the next request is sent, and is never rewritten. So a run
-that was killed repeats at most the requests that were in flight, and no question with a reply is asked again. A figure
-whose caption or mentions have changed is another question. `lost.jsonl` has the tokens of what was paid for and gave no
-reply: attempts that failed, and replies without content that were asked for again.
+`replies.jsonl` grows by one line a reply, written before the next request is sent. So a run that was killed repeats at
+most the requests that were in flight, and no question with a reply is asked again. A figure whose caption or mentions
+have changed is another question. `lost.jsonl` has the tokens of what was paid for and gave no reply: attempts that
+failed, and replies without content that were asked for again.
 
 A reply without content is final, unless a run with a higher `max_tokens` comes: it asks those again, and only those.
+It writes them into `lost.jsonl`, and then writes `replies.jsonl` anew without them; so the run holds the folder alone.
 """
 
 from __future__ import annotations
@@ -13,22 +14,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavamed_jax.curation.instruct_cost import answer_tokens
+from llavamed_jax.curation.instruct_ids import written_ids
+from llavamed_jax.curation.instruct_lines import lines_of
 from llavamed_jax.curation.turns import read_turns
 from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.openai_client.cache import ReplyCache
-from llavamed_jax.utils.files import open_file, read_json, recover_jsonl, write_text
+from llavamed_jax.utils.files import read_json, write_text
 from llavamed_jax.utils.locks import is_free
 
 if TYPE_CHECKING:  # it imports openai, which takes a second
     from llavamed_jax.openai_client.replies import Reply
 
 SETTINGS, REPLIES, LOST = "settings.json", "replies.jsonl", "lost.jsonl"
-_LONGEST_LINE = 2**26  # bytes
 
 
 class Folder:
@@ -37,45 +39,60 @@ class Folder:
     Args:
       folder: the folder.
       is_written: whether the run writes.
+      max_tokens: those of the run.
 
     Attributes:
       replies: the replies, by the key of what was asked (`InstructPrompt.key`).
-      again: key -> the `max_tokens` of its replies without content that were forgotten.
+      over: the `custom_id`s of requests since which the question is asked again with more tokens.
       lost: key, tokens of the prompt and of the reply of each thing that was paid for and gave no reply.
     """
 
-    def __init__(self, folder: Path, is_written: bool):
-        self._path, self._is_written = folder / LOST, is_written
+    def __init__(self, folder: Path, is_written: bool, max_tokens: int):
+        self._folder, self._path, self._is_written = folder, folder / LOST, is_written
         self.replies = ReplyCache(folder / REPLIES, "the replies")
         self.lost: list[tuple[str, int, int]] = []
-        self.again: dict[str, set[int]] = {}
+        self.over: set[str] = set()
+        self._again: dict[str, set[int]] = {}  # key -> the `max_tokens` of its replies that were forgotten
         for line in lines_of(self._path):
             if not isinstance(line, dict):
                 continue
             key, tokens = line.get("key"), [line.get(name) for name in ("prompt_tokens", "completion_tokens")]
             if isinstance(key, str) and all(type(count) is int for count in tokens):
-                if (limit := line.get("max_tokens")) is not None:
-                    if limit in self.again.setdefault(key, set()):  # a killed run wrote it twice
+                if type(limit := line.get("max_tokens")) is int:
+                    if limit in self._again.setdefault(key, set()):
                         continue
-                    self.again[key].add(limit)
+                    self._again[key].add(limit)
+                    if limit < max_tokens:
+                        names = line.get("custom_ids")
+                        self.over.update(each for each in (names if isinstance(names, list) else ())
+                                         if isinstance(each, str))
+                    elif key in self.replies:  # the run that asked it again was killed before it forgot the reply
+                        continue
                 self.lost.append((key, *tokens))
 
-    def lose(self, key: str, prompt_tokens: int, completion_tokens: int, max_tokens: int | None = None) -> None:
+    def lose(self, key: str, prompt_tokens: int, completion_tokens: int, max_tokens: int | None = None,
+             identities: Collection[str] = ()) -> None:
         """Writes down what was paid for without a reply. Raises UserError if the file cannot be written.
+
+        A reply without content that a killed run wrote down, and did not forget, is not written down again.
 
         Args:
           key: of what was asked.
           prompt_tokens: tokens of the prompt.
           completion_tokens: tokens of the reply.
           max_tokens: those of a reply without content that will be asked for again; None for an attempt that failed.
+          identities: each `custom_id` that was written for such a reply's question.
         """
-        self.lost.append((key, prompt_tokens, completion_tokens))
         if max_tokens is not None:
-            self.again.setdefault(key, set()).add(max_tokens)
+            if max_tokens in self._again.setdefault(key, set()):
+                return
+            self._again[key].add(max_tokens)
+            self.over.update(identities)
+        self.lost.append((key, prompt_tokens, completion_tokens))
         if not self._is_written:
             return
         line = {"key": key, "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
-        line |= {} if max_tokens is None else {"max_tokens": max_tokens}
+        line |= {} if max_tokens is None else {"max_tokens": max_tokens, "custom_ids": list(identities)}
         try:
             with open(self._path, "ab") as file:
                 file.write(("" if self._is_whole() else "\n").encode() + json.dumps(line).encode() + b"\n")
@@ -93,23 +110,12 @@ class Folder:
         """Forgets the replies without content, which had at most `max_tokens`; returns their number."""
         keys = [key for key in self.replies.keys()
                 if has_no_content(reply := self.replies.get(key)) and reply.finish_reason != "content_filter"]
+        written = written_ids(self._folder) if keys else {}
         for key in keys:
             reply = self.replies.get(key)
-            self.lose(key, reply.prompt_tokens, answer_tokens(reply), max_tokens)
+            self.lose(key, reply.prompt_tokens, answer_tokens(reply), max_tokens, written.get(key, ()))
         self.replies.forget(keys, self._is_written)
         return len(keys)
-
-
-def lines_of(path: Path) -> Iterator[object]:
-    """Yields the value of each line of a JSONL file, None for a damaged one; yields nothing if there is no file."""
-    try:
-        with open_file(path) as file:
-            while line := file.readline(_LONGEST_LINE):
-                yield from recover_jsonl(line.decode("utf-8", "replace"))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def has_no_content(reply: Reply) -> bool:
@@ -135,7 +141,7 @@ def opened(folder: Path, settings: Mapping[str, object], is_written: bool = True
     """
     if not is_written:
         limit = _check_settings(folder, settings)
-        yield _prepared(folder, limit, False)
+        yield _prepared(folder, settings, limit, False)
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +152,7 @@ def opened(folder: Path, settings: Mapping[str, object], is_written: bool = True
         if not is_free(descriptor, folder):
             raise UserError(f"another run is writing in {folder}; wait for it, or choose another folder")
         limit = _check_settings(folder, settings)
-        found = _prepared(folder, limit, True)
+        found = _prepared(folder, settings, limit, True)
         if limit is not None or not (folder / SETTINGS).exists():
             write_text(folder / SETTINGS, _text(settings))
         yield found
@@ -154,12 +160,11 @@ def opened(folder: Path, settings: Mapping[str, object], is_written: bool = True
         os.close(descriptor)
 
 
-def _prepared(folder: Path, limit: int | None, is_written: bool) -> Folder:
-    found = Folder(folder, is_written)
+def _prepared(folder: Path, settings: Mapping[str, object], limit: int | None, is_written: bool) -> Folder:
+    found = Folder(folder, is_written, settings.get("max_tokens", 0))
     if limit is not None:
-        count = found.ask_again(limit)
-        print(f"--max_tokens was {limit}: {count_of(count, 'reply', 'replies')} without content are asked for again",
-              flush=True)
+        count = count_of(found.ask_again(limit), "reply without content is", "replies without content are")
+        print(f"--max_tokens was {limit}: {count} asked for again", flush=True)
     return found
 
 

@@ -18,12 +18,13 @@ if TYPE_CHECKING:  # at run time it would import the client
 
 
 class ReplyCache:
-    """A file of replies that only grows.
+    """A file of replies.
 
     A line is an object with `key`, `text`, `finish_reason`, `prompt_tokens` and `completion_tokens`.
 
     An incomplete line, such as the last one of a killed process, is skipped: its question is asked again. Several runs
-    may share a file.
+    may share a file as long as they only `add`, by which it grows. `forget` writes the file anew, without what other
+    runs have added since it was read: who calls it must hold the file alone.
 
     Args:
       path: the file; made by the first `add` if it does not exist.
@@ -67,7 +68,15 @@ class ReplyCache:
         return Reply(**self._lines[key]) if key in self._lines else None
 
     def forget(self, keys: Sequence[str], is_written: bool) -> None:
-        """Removes replies from the memory and, if `is_written`, from the file. Raises UserError if that fails."""
+        """Removes replies from the memory and, if `is_written`, from the file, which no other run may use meanwhile.
+
+        Args:
+          keys: the keys of the replies.
+          is_written: whether the file is written anew.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
         for key in keys:
             del self._lines[key]
         if keys and is_written:

@@ -299,8 +299,10 @@ def test_replies_without_content_end_a_run_and_more_tokens_ask_them_again(tmp_pa
         is_short[0] = False
         assert command_line.main(words(tmp_path, found.url, "--max_tokens", "128", "--dry_run")) == 0
         assert len(ReplyCache(tmp_path / "out/replies.jsonl")) == kept and json.loads((tmp_path / "out/settings.json").read_text())["max_tokens"] == 64
+        capsys.readouterr()
         assert go("128") == 0
         again = 0 if answer(None)["choices"][0]["finish_reason"] == "content_filter" else kept - 3
+        assert f"--max_tokens was 64: {again} replies without content are asked for again" in capsys.readouterr().out
         assert len(found.log) - before == 22 - kept + again and len(made(tmp_path)) == 22 - (kept - 3 - again)
         assert costs(tmp_path) == [(7, 9)] * again if again else not (tmp_path / "out/lost.jsonl").exists()
         assert go("128") == 0 and len(found.log) - before == 22 - kept + again
@@ -335,6 +337,25 @@ def test_results_of_another_run_are_not_taken(tmp_path, capsys):
     assert count == 2 and batch("out", "128", pair)[1] == 0  # they are pending now
     again.write_text(results, encoding="utf-8")
     assert "2 of questions that were asked again with more tokens, 2 replies" in read("out", "128", one, again) and len(made(tmp_path)) == 2
+    late, _ = batch("late", "64")
+    assert "results: 2 replies" in read("late", "128", late)  # read after the limit was raised
+    assert batch("late", "256", pair)[1] == 2 and "of questions that were asked again" in read("late", "256", late)
+
+
+@pytest.mark.parametrize("tokens", [64, 128])
+def test_a_kill_before_an_empty_reply_is_forgotten_counts_it_once(tmp_path, capsys, tokens):
+    write_lines(tmp_path / "figures.jsonl", [figure(0)])
+    with OpenAiServer(empty("length")) as found:
+        assert command_line.main(words(tmp_path, found.url, "--max_tokens", "64")) == 0
+        kept = {name: (tmp_path / "out" / name).read_bytes() for name in ("replies.jsonl", "settings.json")}
+        assert command_line.main(words(tmp_path, found.url, "--max_tokens", "128")) == 0
+        assert "--max_tokens was 64: 1 reply without content is asked for again" in capsys.readouterr().out
+        for name, content in kept.items():
+            (tmp_path / "out" / name).write_bytes(content)
+        assert command_line.main(words(tmp_path, found.url, "--max_tokens", str(tokens), "--dry_run")) == 0
+        assert (" 1 paid for without a reply" in capsys.readouterr().out) == (tokens == 128)
+        assert command_line.main(words(tmp_path, found.url, "--max_tokens", str(tokens))) == 0
+    assert costs(tmp_path) == [(7, 9)] and len(found.log) == (2 if tokens == 64 else 3)
 
 
 def test_a_batch_stays_within_the_budget(tmp_path, capsys):
