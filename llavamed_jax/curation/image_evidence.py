@@ -43,3 +43,10 @@ def is_changed(before: Sequence[int], now: Sequence[int]) -> bool:
 def num_gone(before: Sequence[int], now: Sequence[int]) -> int:
     """Returns the number of images that were there and are not there now."""
     return sum(old != MISSING and new == MISSING for old, new in zip(before, now, strict=False))
+
+
+def joined(before: Sequence[int], now: Sequence[int]) -> list[int]:
+    """Returns the evidence of what a shard holds that is written again: an image that is gone keeps its evidence."""
+    if len(before) != len(now):
+        return list(now)
+    return [old if new == MISSING else new for old, new in zip(before, now, strict=True)]

@@ -1,7 +1,7 @@
 """Writes the shards of one part of training data, one after another, and continues where an earlier run stopped.
 
 A shard whose images have changed since is written again, and so is one whose unreadable images can be read now. An
-image that is gone has not changed: its pixels stay.
+image that is gone has not changed: its pixels stay, also if another one of its shard has changed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from llavamed_jax.curation import image_evidence
+from llavamed_jax.curation.old_shard import OldShard
 from llavamed_jax.datasets import shards, training
 from llavamed_jax.datasets.records import MemoryRecords, load_arrays
 from llavamed_jax.errors import UsageError, UserError, count_of
@@ -46,9 +47,9 @@ class Encode:
     quality: int | None
 
     def __call__(self, block: int) -> dict[str, Any]:
-        """Returns `bytes` and `records` of those that can be used, `dropped` with reasons, and `seen`, the evidence."""
+        """Returns `bytes`, `records` and `numbers` of those that can be used, `dropped` with reasons, and `seen`."""
         first = self.begin + block * _BLOCK
-        found: dict[str, Any] = {"bytes": [], "records": [], "dropped": [], "seen": []}
+        found: dict[str, Any] = {"bytes": [], "records": [], "numbers": [], "dropped": [], "seen": []}
         for number in range(first, min(first + _BLOCK, self.end)):
             kind = _MALFORMED
             try:
@@ -59,6 +60,7 @@ class Encode:
             except UserError as error:
                 found["dropped"].append({"record": number, "kind": kind, "reason": str(error)})
                 continue
+            found["numbers"].append(number)
             found["bytes"].append(shards.encode(record, images))
             found["records"].append({**record, "image": [name for name, _ in images]})
         return found
@@ -80,9 +82,10 @@ class Encode:
         return True
 
     def _images(self, record: dict) -> list[tuple[str, bytes]]:
-        return [(os.path.basename(str(source)), self._image(source)) for source in record["image"]]
+        return [(os.path.basename(str(source)), self.image(source)) for source in record["image"]]
 
-    def _image(self, source) -> bytes:
+    def image(self, source) -> bytes:
+        """Returns the encoded pixels of an image. Raises UserError if it cannot be read."""
         (pixels,) = self.processor.images_uint8([source])
         file = io.BytesIO()
         options = {"compress_level": _PNG_LEVEL} if self.format == "png" else {"quality": self.quality,
@@ -132,9 +135,11 @@ class Writer:
         self._bytes = 0
         summaries = []
         for number, (first, last) in enumerate(spans):
-            summary = self._finished(number, first, last)
-            if summary is None:
-                summary = self._shard(number, first, last, num_workers)
+            before = self._before(number)
+            if before is not None and self._is_current(before, first, last):
+                summary = self._measured(before, self._old(before, first, last))
+            else:
+                summary = self._shard(number, first, last, num_workers, before)
             self._bytes += summary["shard"]["bytes"]
             summaries.append(summary)
             shown.add(last - first)
@@ -157,46 +162,70 @@ class Writer:
             return False
         manifest = read_json(file)
         self._refuse_others(manifest, file)
-        summaries = self._summaries(manifest)
-        current = [summary for number, span in enumerate(self._spans())
-                   if (summary := summaries.get(number)) is not None and self._is_current(summary, *span)]
-        if len(current) == len(self._spans()):
+        summaries, spans = self._summaries(manifest), self._spans()
+        is_known = all(each["seen"] is not None for each in summaries)
+        changed = sum(not self._is_current(each, *span) for each, span in zip(summaries, spans, strict=True))
+        if not changed and all(each["lengths"] is not None for each in summaries):
+            if not is_known:
+                self._keep_seen(summaries)
             return True
-        changed = len(self._spans()) - len(current)
-        what = count_of(changed, "shard is missing or has", "shards are missing or have")
-        print(f"{self._out}: part {self._part} of {self._parts}: {what} other images now; "
-              f"{'it is' if changed == 1 else 'they are'} written again", flush=True)
-        for summary in current:
+        if changed:
+            what = count_of(changed, "shard is missing or has", "shards are missing or have")
+            print(f"{self._out}: part {self._part} of {self._parts}: {what} other images now; "
+                  f"{'it is' if changed == 1 else 'they are'} written again", flush=True)
+        for summary in summaries:
             self._keep(summary)
         file.unlink()
         return False
 
-    def _summaries(self, manifest: dict) -> dict[int, dict]:
-        """Returns the summaries of a finished part's shards by number; none if the files beside it are damaged."""
+    def _summaries(self, manifest: dict) -> list[dict]:
+        """Returns the summaries of a finished part's shards, in order.
+
+        What the files beside the shards do not say, since an earlier version wrote them or they are lost, is None:
+        `lengths`, `rest`, `seen`. That is no reason to write a shard again.
+
+        Raises:
+          UserError: the manifest lists other shards than this part has.
+        """
+        listed, spans = manifest.get("shards"), self._spans()
+        wanted = [self._file(number).name for number in range(len(spans))]
+        if not isinstance(listed, list) or [_file_of(each) for each in listed] != wanted:
+            raise UserError(f"{self._out / f'manifest-{self._name}.json'} lists other shards than those of this part; "
+                            f"{count_of(len(spans), 'shard')} with records and bytes of each were expected")
         arrays = load_arrays(self._out / f"lengths-{self._key}-{self._name}.npz", *_LENGTHS)
+        places = np.cumsum([0, *(shard["records"] for shard in listed)])
+        if arrays is not None and any(len(arrays[name]) != places[-1] for name in _LENGTHS):
+            arrays = None
         images = load_arrays(self._images_file(), "seen", "counts")
-        listed, spans, found = manifest.get("shards", []), self._spans(), {}
+        ends = [] if images is None else np.cumsum([0, *images["counts"]])
+        if images is not None and (len(ends) != len(listed) + 1 or ends[-1] != len(images["seen"])):
+            images = None
         try:
-            dropped = read_json(self._out / f"dropped-{self._name}.json")["dropped"]
-            records = np.cumsum([0, *(shard["records"] for shard in listed)])
-            places = np.cumsum([0, *images["counts"]])
-            for number, (shard, (first, last)) in enumerate(zip(listed, spans, strict=True)):
-                lengths_of_it = {name: arrays[name][records[number]:records[number + 1]].tolist() for name in _LENGTHS}
-                found[number] = {"number": number, "shard": shard, "lengths": lengths_of_it, "rest": shard["rest"],
-                                 "dropped": [each for each in dropped if first <= each["record"] < last],
-                                 "seen": images["seen"][places[number]:places[number + 1]].tolist(),
-                                 "made_from": self._made_from, "images": self._images}
-        except (UserError, KeyError, TypeError, ValueError, IndexError):
-            return {}
-        return found
+            dropped = [{**each} for each in read_json(self._out / f"dropped-{self._name}.json")["dropped"]
+                       if isinstance(each["record"], int) and each["kind"]]
+        except (UserError, KeyError, TypeError):
+            dropped = []
+        return [{"number": number, "shard": shard, "rest": shard.get("rest"),
+                 "lengths": arrays and {name: arrays[name][places[number]:places[number + 1]].tolist()
+                                        for name in _LENGTHS},
+                 "seen": None if images is None else images["seen"][ends[number]:ends[number + 1]].tolist(),
+                 "dropped": [each for each in dropped if first <= each["record"] < last],
+                 "made_from": self._made_from, "images": self._images}
+                for number, (shard, (first, last)) in enumerate(zip(listed, spans, strict=True))]
 
     def _is_current(self, summary: dict, first: int, last: int) -> bool:
-        """Returns whether the shard is there, its images are the same, and those that failed still fail."""
+        """Returns whether the shard is there, its images are the same, and those that failed still fail.
+
+        If it is unknown which images the shard was made from, they count as those of now, which the summary gets.
+        """
         path = self._file(summary["number"])
+        make = self._encode(first, last)
+        now = make.seen()
+        if summary.get("seen") is None:
+            summary["seen"] = now
+        before = summary["seen"]
         if not path.is_file() or path.stat().st_size != summary["shard"]["bytes"]:
             return False
-        make = self._encode(first, last)
-        now, before = make.seen(), summary.get("seen", [])
         gone = image_evidence.num_gone(before, now)
         if image_evidence.is_changed(before, now) or any(
                 make.is_readable(each["record"]) for each in summary["dropped"] if each["kind"] == _NO_IMAGE):
@@ -223,32 +252,52 @@ class Writer:
     def _encode(self, first: int, last: int) -> Encode:
         return Encode(self._data, self._processor, first, last, self._image["format"], self._image["quality"])
 
-    def _finished(self, number: int, first: int, last: int) -> dict | None:
-        """Returns the summary of a shard that an earlier run finished with the same settings and images."""
+    def _before(self, number: int) -> dict | None:
+        """Returns the summary of a shard that an earlier run wrote with the same settings; it may be out of date."""
         file = self._summary_file(number)
         if not file.is_file():
             return None
         summary = read_json(file) | {"number": number}
         self._refuse_others(summary, self._file(number))
-        return summary if self._is_current(summary, first, last) else None
+        return summary
 
-    def _shard(self, number: int, first: int, last: int, num_workers: int) -> dict:
+    def _measured(self, summary: dict, old: OldShard) -> dict:
+        """Returns a summary with what its shard's texts tell, if it lacks that."""
+        rest = summary.get("rest") or summary["shard"].get("rest")
+        if rest is None or summary.get("lengths") is None:
+            measured = self._measure(old.texts())
+            rest, summary["lengths"] = lengths.rest_of(measured), _lists(measured)
+        return {**summary, "rest": rest, "shard": {**summary["shard"], "rest": rest}}
+
+    def _measure(self, records: list[dict]) -> lengths.Lengths:
+        return lengths.measure(training.TrainingData([MemoryRecords(records)]), self._processor, self._max_length)
+
+    def _shard(self, number: int, first: int, last: int, num_workers: int, before: dict | None) -> dict:
+        """Writes a shard. Of images that are gone since an earlier run wrote it, the old shard's pixels are taken."""
         from array_record.python.array_record_module import ArrayRecordWriter  # a dependency of grain
 
         path = self._file(number)
         temporary = path.with_name(f".{path.name}.tmp")
         make = self._encode(first, last)
+        old = self._old(before, first, last) if before is not None and path.is_file() else None
         count = -(-(last - first) // _BLOCK)
         blocks = workers.in_order(make, count, num_workers) if num_workers else map(make, range(count))
-        kept, dropped, seen = [], [], []
+        kept, dropped, seen, saved = [], [], [], 0
         file = ArrayRecordWriter(str(temporary), shards.OPTIONS)
         try:
             for block in blocks:
                 signals.check()
-                for each in block["bytes"]:
-                    file.write(each)
-                kept += block["records"]
-                dropped += block["dropped"]
+                found = dict(zip(block["numbers"], zip(block["bytes"], block["records"], strict=True), strict=True))
+                for entry in block["dropped"]:
+                    is_lost = old is not None and entry["kind"] == _NO_IMAGE
+                    again = old.kept(entry["record"], make.image) if is_lost else None
+                    if again is None:
+                        dropped.append(entry)
+                    else:
+                        found[entry["record"]], saved = again, saved + 1
+                for _, (data, record) in sorted(found.items(), key=lambda item: item[0]):
+                    file.write(data)
+                    kept.append(record)
                 seen += block["seen"]
             file.close()
         except RuntimeError as error:  # the library's error for a disk that refuses bytes
@@ -256,18 +305,29 @@ class Writer:
         finally:
             if num_workers:
                 blocks.close()
-        measured = lengths.measure(training.TrainingData([MemoryRecords(kept)]), self._processor, self._max_length)
+        if saved:
+            print(f"{path}: {count_of(saved, 'record keeps', 'records keep')} pixels of images that are gone since",
+                  flush=True)
+        measured = self._measure(kept)
         shard = {"file": path.name, "records": len(kept), "bytes": temporary.stat().st_size,
                  "sha256": sha256_of(temporary), "rest": lengths.rest_of(measured)}
         os.replace(temporary, path)
-        summary = {"number": number, "shard": shard, "dropped": dropped, "seen": seen, "made_from": self._made_from,
-                   "images": self._images, "rest": shard["rest"],
-                   "lengths": {name: getattr(measured, name).tolist() for name in _LENGTHS}}
+        summary = {"number": number, "shard": shard, "dropped": dropped,
+                   "seen": image_evidence.joined((before or {}).get("seen") or [], seen), "made_from": self._made_from,
+                   "images": self._images, "rest": shard["rest"], "lengths": _lists(measured)}
         self._keep(summary)
         return summary
 
+    def _old(self, summary: dict, first: int, last: int) -> OldShard:
+        return OldShard(self._out, summary["shard"], self._data, first, last)
+
     def _keep(self, summary: dict) -> None:
         write_whole(self._summary_file(summary["number"]), lambda out: out.write(json.dumps(summary).encode()))
+
+    def _keep_seen(self, summaries: list[dict]) -> None:
+        seen = np.array([one for each in summaries for one in each["seen"]], np.uint64)
+        counts = np.array([len(each["seen"]) for each in summaries], np.int64)
+        write_whole(self._images_file(), lambda file: np.savez(file, seen=seen, counts=counts))
 
     def _finish(self, summaries: list[dict]) -> None:
         arrays = {name: np.concatenate([np.array(each["lengths"][name], kind) for each in summaries]
@@ -276,9 +336,7 @@ class Writer:
         rest = lengths.joined_rest([each["rest"] for each in summaries])
         write_whole(self._out / f"lengths-{self._key}-{self._name}.npz",
                     lambda file: stored.save_arrays(file, **arrays, rest=rest))
-        seen = np.array([one for each in summaries for one in each["seen"]], np.uint64)
-        counts = np.array([len(each["seen"]) for each in summaries], np.int64)
-        write_whole(self._images_file(), lambda file: np.savez(file, seen=seen, counts=counts))
+        self._keep_seen(summaries)
         dropped = [entry for each in summaries for entry in each["dropped"]]
         kinds = Counter(entry["kind"] for entry in dropped)
         write_json(self._out / f"dropped-{self._name}.json", {"dropped": dropped})
@@ -298,6 +356,15 @@ class Writer:
             print(f"  {count_of(empty, 'shard holds', 'shards hold')} no record")
         for kind, count in kinds.most_common():
             print(f"  dropped, {kind}: {count:,} (dropped-{self._name}.json)")
+
+
+def _lists(measured: lengths.Lengths) -> dict[str, list[int]]:
+    return {name: getattr(measured, name).tolist() for name in _LENGTHS}
+
+
+def _file_of(shard: object) -> str | None:
+    is_whole = isinstance(shard, dict) and all(isinstance(shard.get(key), int) for key in ("records", "bytes"))
+    return shard.get("file") if is_whole else None
 
 
 class _Lock:

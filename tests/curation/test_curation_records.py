@@ -258,7 +258,7 @@ def test_shards_whose_images_have_changed_are_written_again(few, mistral_tokeniz
     for i in range(6):
         Image.new("RGB", (9, 9), (200 + i, 0, 0)).save(other / f"{i}.png")
     assert again("--images", str(other))[0] == [0, 1, 2] and reds() == [200, 201, 202, 203, 204, 205]
-    real = shard_writer.Encode._image
+    real = shard_writer.Encode.image
 
     def fails(self, source):  # a disk that fails for a while: the file is the same afterwards
         if source.endswith("5.png"):
@@ -266,11 +266,111 @@ def test_shards_whose_images_have_changed_are_written_again(few, mistral_tokeniz
         return real(self, source)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_writer.Encode, "_image", fails)
+        patch.setattr(shard_writer.Encode, "image", fails)
         Image.new("RGB", (9, 9), (7, 0, 0)).save(other / "4.png")
         assert again("--images", str(other))[0] == [2] and reds() == [200, 201, 202, 203, 7]
         assert again("--images", str(other))[0] == []
     assert again("--images", str(other))[0] == [2] and reds() == [200, 201, 202, 203, 7, 205]
+
+
+def _reds(out):
+    return [int(np.asarray(load_image(record["image"][0]))[48, 48, 0]) for record in read_training(out).readable()]
+
+
+def _as_an_earlier_version_wrote(out, kind):
+    """Takes away what tells of the images, or other files beside the shards."""
+    manifest, images = out / "manifest-00000-of-00001.json", out / "images-00000-of-00001.npz"
+    found = json.loads(manifest.read_text())
+    if kind == "old":
+        images.unlink()
+        [shard.pop("rest") for shard in found["shards"]]
+        manifest.write_text(json.dumps(found))
+    elif kind == "damaged images":
+        images.write_bytes(images.read_bytes()[:40])
+    elif kind == "images of another part":
+        np.savez(images, seen=np.zeros(2, np.uint64), counts=np.array([2]))
+    elif kind == "no lengths":
+        next(out.glob("lengths-*")).unlink()
+    elif kind == "no list of what was dropped":
+        (out / "dropped-00000-of-00001.json").unlink()
+
+
+@pytest.mark.parametrize("kind", ["old", "damaged images", "images of another part", "no lengths", "no list of what was dropped"])
+def test_missing_evidence_is_no_reason_to_write_a_shard_again(few, mistral_tokenizer, processor, kind):
+    """All images are gone, the shards stay; then one image comes with another picture, and the others' pixels stay."""
+    folder, written = few
+    out = folder / "out"
+    assert two_a_shard(folder, mistral_tokenizer) == 0
+    whole = lengths.measure(read_training(out), processor, 96)
+    hashes = lambda: [shard["sha256"] for shard in json.loads((out / "manifest-00000-of-00001.json").read_text())["shards"]]
+    before = hashes()
+    _as_an_earlier_version_wrote(out, kind)
+    for path in folder.glob("?.png"):
+        path.unlink()
+    for _ in range(2):
+        written.clear()
+        assert two_a_shard(folder, mistral_tokenizer) == 0 and written == [] and hashes() == before
+        assert _reds(out) == [0, 10, 20, 30, 40, 50] and np.load(out / "images-00000-of-00001.npz")["counts"].tolist() == [2, 2, 2]
+    Image.new("RGB", (9, 9), (99, 0, 0)).save(folder / "4.png")
+    assert two_a_shard(folder, mistral_tokenizer) == 0 and written == [2] and _reds(out) == [0, 10, 20, 30, 99, 50]
+    found = lengths.measure(read_training(out), processor, 96)
+    assert found.tokens.tolist() == whole.tokens.tolist() and lengths.rest_of(found) == lengths.rest_of(whole)
+    assert json.loads((out / "dropped-00000-of-00001.json").read_text()) == {"dropped": []} and not list(out.glob(".part*.json"))
+    assert two_a_shard(folder, mistral_tokenizer) == 0 and written == [2]
+
+
+def test_a_stopped_writer_of_an_earlier_version_keeps_its_shards(few, mistral_tokenizer, monkeypatch):
+    folder, written = few
+    out, real = folder / "out", shard_writer.Writer._finish
+    monkeypatch.setattr(shard_writer.Writer, "_finish", lambda *_: None)
+    assert two_a_shard(folder, mistral_tokenizer) == 0
+    monkeypatch.setattr(shard_writer.Writer, "_finish", real)
+    for file in out.glob(".part-*.json"):
+        found = json.loads(file.read_text())
+        found["shard"].pop("rest")
+        file.write_text(json.dumps({key: value for key, value in found.items() if key not in ("seen", "number")}))
+    for path in folder.glob("?.png"):
+        path.unlink()
+    assert two_a_shard(folder, mistral_tokenizer) == 0 and written == [0, 1, 2] and _reds(out) == [0, 10, 20, 30, 40, 50]
+    assert all(shard["rest"] for shard in json.loads((out / "manifest-00000-of-00001.json").read_text())["shards"])
+
+
+@pytest.mark.parametrize(("workers", "is_stopped"), [("0", False), ("1", False), ("0", True)])
+def test_a_gone_image_keeps_its_pixels_where_another_of_its_shard_changed(few, mistral_tokenizer, processor, capsys, monkeypatch, workers, is_stopped):
+    """One shard of: an image that never was, gone ones, a changed one, and a record with a gone and a changed image."""
+    folder, _ = few
+    out = folder / "out"
+    rows = json.loads((folder / "data.json").read_text())
+    rows[5] |= {"image": ["2.png", "3.png"], "conversations": [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "a"}]}
+    (folder / "data.json").write_text(json.dumps(rows))
+    (folder / "0.png").unlink()
+    again = lambda: write(folder, out, mistral_tokenizer, "--workers", workers, span="6")
+    assert again() == 0
+    for name, red in (("1.png", None), ("2.png", None), ("3.png", 99)):
+        Image.new("RGB", (9, 9), (red, 0, 0)).save(folder / name) if red else (folder / name).unlink()
+    if is_stopped:
+        with monkeypatch.context() as patch:
+            patch.setattr(shard_writer.Writer, "_measure", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("stopped by SIGTERM")))
+            assert again() == 75
+    for _ in range(2):
+        assert again() == 0
+        reds = [[int(np.asarray(load_image(image))[48, 48, 0]) for image in record["image"]] for record in read_training(out).readable()]
+        assert reds == [[10], [20], [99], [40], [20, 99]]
+        assert [each["record"] for each in json.loads((out / "dropped-00000-of-00001.json").read_text())["dropped"]] == [0]
+        said = capsys.readouterr().out
+    assert "is complete already" in said and "3 images are gone since" in said
+    assert lengths.measure(read_training(out), processor, 96).images.tolist() == [1, 1, 1, 1, 2]
+
+
+def test_a_manifest_of_other_shards_is_refused(few, mistral_tokenizer, capsys):
+    folder, written = few
+    assert two_a_shard(folder, mistral_tokenizer) == 0
+    file = folder / "out/manifest-00000-of-00001.json"
+    found = json.loads(file.read_text())
+    for listed in (None, found["shards"][:2], [*found["shards"][:2], 7]):
+        file.write_text(json.dumps({**found, "shards": listed}))
+        assert two_a_shard(folder, mistral_tokenizer) == 1 and "lists other shards" in capsys.readouterr().err
+    assert written == [0, 1, 2]
 
 
 def test_a_manifest_has_the_hash_of_each_shard(made):
