@@ -31,6 +31,10 @@ if TYPE_CHECKING:  # it imports openai, which takes a second
 
 CONVERSATIONS, DROPPED, SUMMARY = "conversations.json", "dropped.jsonl", "summary.json"
 _MOST_IN_VAIN = 16  # replies without content in a row, after which asking on only costs money
+_MORE = ("a higher --max_tokens, with which all but withheld ones are asked for again, or another --model in another "
+         "--out was expected")
+_REMEDY = {"content_filter": "withheld replies are not asked for again: another --model or --prompt, in another --out, "
+                             "was expected"}
 _GRACE_S = 30.0
 
 
@@ -215,8 +219,9 @@ class _Run:
 
     def _wave(self, service, advance) -> bool:
         """Asks until nothing is left or the budget allows no more; returns whether another wave may go on."""
+        from llavamed_jax.openai_client.replies import UnpaidError  # imports openai, which takes a second
+
         asked: dict[int, Figure] = {}
-        too_dear: set[str] = set()
         is_short = False
 
         def requests() -> Iterator[tuple[int, list[dict]]]:
@@ -233,8 +238,6 @@ class _Run:
             figure = asked[number]
             tokens, is_room = self.budget.lose(figure.pair_id, counts)
             self.folder.lose(self.key(figure), *tokens)
-            if not is_room:
-                too_dear.add(figure.pair_id)
             return is_room
 
         found = service.each(requests(), max_tokens=self.args.max_tokens, temperature=self.args.temperature, lost=lost)
@@ -244,7 +247,7 @@ class _Run:
                 name = figure.pair_id
                 if isinstance(reply, UserError):
                     why = (f"; the budget of {self.budget.dollars:,.2f} US dollars allows no further attempt"
-                           if name in too_dear else "")
+                           if isinstance(reply, UnpaidError) else "")
                     self.failed[name] = UserError(f"{reply}{why}")
                     self.budget.free(name)
                 else:
@@ -254,8 +257,7 @@ class _Run:
                 advance(1)
                 if self._in_vain == _MOST_IN_VAIN:
                     self.why_useless = (f"{_MOST_IN_VAIN} replies in a row have no content (finish_reason of the last: "
-                                        f"{reply.finish_reason}); a higher --max_tokens, with which they are asked for "
-                                        "again, or another model was expected")
+                                        f"{reply.finish_reason}); {_REMEDY.get(reply.finish_reason, _MORE)}")
                     return False
         if not is_short:
             return False

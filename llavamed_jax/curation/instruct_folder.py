@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavamed_jax.curation.instruct_cost import answer_tokens
-from llavamed_jax.curation.instruct_ids import written_ids
+from llavamed_jax.curation.instruct_ids import BATCH, written_ids
 from llavamed_jax.curation.instruct_lines import lines_of
 from llavamed_jax.curation.turns import read_turns
 from llavamed_jax.errors import UsageError, UserError, count_of
@@ -30,6 +30,7 @@ from llavamed_jax.utils.locks import is_free
 if TYPE_CHECKING:  # it imports openai, which takes a second
     from llavamed_jax.openai_client.replies import Reply
 
+KEYS = 2  # the version of the keys; in version 1 a key was the `pair_id` alone
 SETTINGS, REPLIES, LOST = "settings.json", "replies.jsonl", "lost.jsonl"
 
 
@@ -129,16 +130,18 @@ def opened(folder: Path, settings: Mapping[str, object], is_written: bool = True
 
     Args:
       folder: the folder; made if it does not exist.
-      settings: what the replies depend on. A folder of other settings is refused, apart from a higher `max_tokens`.
+      settings: what the replies depend on. A folder of other settings is refused, apart from a higher `max_tokens`, and
+        so is one whose replies or requests have keys of another version: all of them would be asked for again.
       is_written: whether the run writes; otherwise nothing is made or locked.
 
     Yields:
       The replies.
 
     Raises:
-      UsageError: the folder holds replies that were made with other settings.
+      UsageError: the folder holds replies that were made with other settings, or have keys of another version.
       UserError: another run uses the folder, or it cannot be written.
     """
+    settings = {"keys": KEYS, **settings}
     if not is_written:
         limit = _check_settings(folder, settings)
         yield _prepared(folder, settings, limit, False)
@@ -153,7 +156,7 @@ def opened(folder: Path, settings: Mapping[str, object], is_written: bool = True
             raise UserError(f"another run is writing in {folder}; wait for it, or choose another folder")
         limit = _check_settings(folder, settings)
         found = _prepared(folder, settings, limit, True)
-        if limit is not None or not (folder / SETTINGS).exists():
+        if not (folder / SETTINGS).exists() or read_json(folder / SETTINGS) != settings:
             write_text(folder / SETTINGS, _text(settings))
         yield found
     finally:
@@ -170,9 +173,14 @@ def _prepared(folder: Path, settings: Mapping[str, object], limit: int | None, i
 
 def _check_settings(folder: Path, settings: Mapping[str, object]) -> int | None:
     """Returns the `max_tokens` of the folder if those of the settings are more, else None."""
-    if not (folder / SETTINGS).exists():
+    found = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
+    if found.get("keys") != KEYS and any((folder / name).exists() for name in (REPLIES, LOST, BATCH)):
+        raise UsageError(f"{folder} holds replies or requests of another version of this command, which would all be "
+                         f"paid for again ({SETTINGS} does not say keys {KEYS}): finish it with the version that made "
+                         "it, or give another --out; nothing in it was changed")
+    if not found:
         return None
-    found = read_json(folder / SETTINGS)
+    found = {**found, "keys": KEYS}
     limit = found.get("max_tokens")
     is_more = type(limit) is int and limit < settings.get("max_tokens", 0)
     for name, value in settings.items():

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import openai
 
-from llavamed_jax.errors import UsageError, UserError, cut, short
+from llavamed_jax.errors import UsageError, UserError, count_of, cut, short
 from llavamed_jax.openai_client.address import read_address
 from llavamed_jax.openai_client.bounded import BoundedClient, RedirectError, TooLargeError, UnreadableError
 from llavamed_jax.openai_client.replies import (
@@ -40,6 +40,7 @@ from llavamed_jax.openai_client.replies import (
     PassingError,
     Reply,
     ServiceError,
+    UnpaidError,
     connection_error,
     read_reply,
     refused_setting,
@@ -135,6 +136,7 @@ class Service:
           seed: seed of sampling; a function returns the seed of each request from its number.
           lost: is called in another thread after each attempt that may have been billed and gave no reply, with the
             request's number and its tokens if the server counted them; returns whether another attempt may be paid.
+            If one was due and may not, the request's error is an UnpaidError.
 
         Yields:
           The number, and the reply or the error of this request.
@@ -205,8 +207,9 @@ class Service:
                 self._open(gate)
                 may_go_on = lost(error.counts) if error.is_billed else True
                 if attempt == self.retries or not may_go_on:
-                    return self._failed(UserError(f"{self.where} was asked {attempt + 1} times without success; last: "
-                                                  f"{self._clean(error)}"))
+                    kind = UserError if attempt == self.retries else UnpaidError
+                    return self._failed(kind(f"{self.where} was asked {count_of(attempt + 1, 'time')} without success; "
+                                             f"last: {self._clean(error)}"))
                 self._count_again(error)
                 wait = error.retry_after
                 if wait is None:

@@ -65,6 +65,10 @@ class PassingError(Exception):
         self.kind, self.retry_after, self.is_billed, self.counts = kind, retry_after, is_billed, counts
 
 
+class UnpaidError(UserError):
+    """A request failed, and another attempt was due that the caller does not pay for."""
+
+
 class BilledError(UserError):
     """A request failed for good, and the server may have made a reply."""
 

@@ -263,7 +263,8 @@ def test_attempts_that_were_paid_for_in_vain_count(tmp_path, fast, capsys, answe
     with OpenAiServer(answer) as found:
         def go(budget):
             words_of_it = words(tmp_path, found.url, *argv, "--budget", budget)
-            for flag, value in (("--retries", "3"), ("--timeout", "1.5")):
+            is_late = isinstance(raw := answer({}), Raw) and raw.pause
+            for flag, value in (("--retries", "3"), ("--timeout", "1.5" if is_late else "300")):
                 words_of_it[words_of_it.index(flag) + 1] = value
             return command_line.main(words_of_it)
 
@@ -281,6 +282,45 @@ def test_attempts_that_were_paid_for_in_vain_count(tmp_path, fast, capsys, answe
     assert json.loads((tmp_path / "out/summary.json").read_text())["paid_without_a_reply"] == len(costs(tmp_path))
 
 
+@pytest.mark.parametrize(("answer", "retries"), [(lambda body: {"choices": []}, "0"), (lambda body: Raw.response(b" " * 2_000_000), "3")])
+def test_a_budget_that_ended_no_attempt_is_not_blamed(tmp_path, fast, capsys, answer, retries):
+    write_lines(tmp_path / "figures.jsonl", [figure(0)])
+    with OpenAiServer(answer) as found:
+        argv = words(tmp_path, found.url, "--price_prompt", "0", "--price_answer", "10000", "--max_tokens", "100", "--budget", "1.5")
+        argv[argv.index("--retries") + 1] = retries
+        assert command_line.main(argv) == 1 and len(costs(tmp_path)) == 1
+    assert "1 figure was not answered" in (said := capsys.readouterr().err) and "no further attempt" not in said
+
+
+@pytest.mark.parametrize("there", [["replies.jsonl"], ["batch/requests-00001.jsonl"], []])
+@pytest.mark.parametrize("version", [None, 1, 3, "gone"])
+def test_a_folder_with_keys_of_another_version_is_refused_untouched(tmp_path, capsys, there, version):
+    write_lines(tmp_path / "figures.jsonl", [figure(0)])
+    out, settings = tmp_path / "out", tmp_path / "out/settings.json"
+    assert command_line.main(words(tmp_path, None, "--batch", "write")) == 0  # makes the settings
+    (out / "batch/requests-00001.jsonl").unlink()
+    (out / "batch").rmdir()
+    written = json.loads(settings.read_text(encoding="utf-8"))
+    settings.write_text(json.dumps({name: value for name, value in written.items() if name != "keys"} | ({"keys": version} if version else {})), encoding="utf-8")
+    if version == "gone":
+        settings.unlink()
+    for name in there:
+        (out / name).parent.mkdir(exist_ok=True)
+        write_lines(out / name, [{"key": "10000_F0", "text": "User: a", "finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1, "custom_id": "10000_F0"}])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for more in (["--dry_run"], ["--max_tokens", "2048"], [], ["--batch_results", str(tmp_path / "figures.jsonl")]):
+        mode = "read" if "--batch_results" in more else "write"
+        assert command_line.main(words(tmp_path, None, "--batch", mode, *more)) == (2 if there else 0)
+        if not there:
+            assert more == ["--dry_run"] or json.loads(settings.read_text(encoding="utf-8"))["keys"] == written["keys"]
+            if more != ["--dry_run"]:
+                return
+            continue
+        assert "finish it with the version that made it, or give another --out" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def empty(finish, text="", **message):
     return lambda body: {"id": "x", "object": "chat.completion", "created": 1, "model": "tiny", "usage": {"prompt_tokens": 7, "completion_tokens": 9},
                          "choices": [{"index": 0, "message": {"role": "assistant", "content": text} | message, "finish_reason": finish}]}
@@ -292,7 +332,9 @@ def test_replies_without_content_end_a_run_and_more_tokens_ask_them_again(tmp_pa
     is_short = [True]
     with OpenAiServer(lambda body: answer(body) if is_short[0] and number_of(body) >= 60 else conversation(body)) as found:
         go = lambda tokens: command_line.main(words(tmp_path, found.url, "--max_tokens", tokens, concurrency=1))
-        assert go("64") == 1 and "16 replies in a row have no content" in capsys.readouterr().err
+        assert go("64") == 1
+        said, is_withheld = capsys.readouterr().err, answer(None)["choices"][0]["finish_reason"] == "content_filter"
+        assert "16 replies in a row have no content" in said and ("a higher --max_tokens, with which" in said, "are not asked for again" in said) == (not is_withheld, is_withheld)
         assert len(made(tmp_path)) == 3 and 19 <= len(found.log) <= 21
         kept, before = len(ReplyCache(tmp_path / "out/replies.jsonl")), len(found.log)
         assert go("32") == 2 and "the same value, more, or another folder" in capsys.readouterr().err
@@ -301,7 +343,7 @@ def test_replies_without_content_end_a_run_and_more_tokens_ask_them_again(tmp_pa
         assert len(ReplyCache(tmp_path / "out/replies.jsonl")) == kept and json.loads((tmp_path / "out/settings.json").read_text())["max_tokens"] == 64
         capsys.readouterr()
         assert go("128") == 0
-        again = 0 if answer(None)["choices"][0]["finish_reason"] == "content_filter" else kept - 3
+        again = 0 if is_withheld else kept - 3
         assert f"--max_tokens was 64: {again} replies without content are asked for again" in capsys.readouterr().out
         assert len(found.log) - before == 22 - kept + again and len(made(tmp_path)) == 22 - (kept - 3 - again)
         assert costs(tmp_path) == [(7, 9)] * again if again else not (tmp_path / "out/lost.jsonl").exists()
