@@ -112,7 +112,9 @@ class Mirror:
                     continue
                 except (FailedError, DamagedError, TooLargeError, OSError) as error:
                     why = Missing(_reason(error), f"{place}: {getattr(error, 'strerror', None) or error}")
-                    answer.failed |= {each: why for each in left if each not in answer.found}
+                    answer.failed |= {
+                        each: articles.joined(answer.failed[each], why) if each in answer.failed else why
+                        for each in left if each not in answer.found}
         return answer
 
     def _from_package(self, place: str, rows: Sequence[Wanted], most: int, answer: Answer) -> None:

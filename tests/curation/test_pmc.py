@@ -321,6 +321,16 @@ def test_a_mirror_does_not_hide_that_the_server_failed(bucket, tmp_path, capsys,
     assert md5((out / "images/PMC1/a.jpg").read_bytes()) == md5(picture(1))
 
 
+def test_a_damaged_package_does_not_hide_a_file_that_its_folder_could_not_read(tmp_path, monkeypatch):
+    (tmp_path / "PMC1").mkdir()
+    (tmp_path / "PMC1/a.jpg").write_bytes(picture(1))
+    package(tmp_path / "PMC1.tar.gz", {"PMC1/x": os.urandom(4000)}, damage=True)
+    wanted = Wanted("PMC1", None, "a.jpg", "a.jpg")
+    monkeypatch.setattr(mirror.Mirror, "_read", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    (why,) = mirror.Mirror(str(tmp_path), downloads.Client()).find([wanted], 2**28).failed.values()
+    assert why.reason == "mirror failed" and "Input/output error" in why.detail and "the package is damaged" in why.detail
+
+
 @pytest.mark.parametrize(("detail", "licence", "reason"), [
     ("version 1, CC BY", "none", None), ("version 2, cc by-nc 4.0", "none", None), ("version 1, CC BY", "commercial", None),
     ("version 1, CC BY-NC", "commercial", "licence excluded by --licence"), ("version 1, TDM", "none", "licence without media"), ("", "none", "licence without media")])
