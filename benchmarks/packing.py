@@ -79,7 +79,8 @@ def batches(data: TrainingData, processor: Processor, found: lengths.Lengths, ro
     """Updates of about SAMPLES samples, in packed rows, or for 0 unpacked."""
     stream = Stream.of(data, 0)
     if row_length:
-        rows = sizes.rows_an_update(SAMPLES, found.mean, 1, row_length).rows  # as many positions for each row length
+        # For each row length as many rows as hold about SAMPLES samples.
+        rows = sizes.rows_an_update(SAMPLES, found.mean, 1, row_length=row_length).rows
         layout = Layout(row_length, Trial(stream, found, 9.0).image_slots(row_length), rows, True)
     else:
         layout = Layout(MAX_LENGTH, found.max_images, SAMPLES, False)

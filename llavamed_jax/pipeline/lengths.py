@@ -26,7 +26,7 @@ from llavamed_jax.utils.hashes import sha256
 from llavamed_jax.utils.progress import bar
 
 BLOCK = 512  # records that are measured together
-FORMAT = 4  # of the cached file; raise it if samples become longer or shorter
+FORMAT = 5  # of the cached file; raise it if samples become longer or shorter
 _ARRAYS = ("tokens", "images", "lost")
 _REST = ("damaged", "truncated", "surplus", "unsupervised", "first_lost", "first_unsupervised", "highest")
 LARGE = 5000  # from so many records on, worker processes and the cache pay off

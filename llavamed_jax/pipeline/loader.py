@@ -79,7 +79,7 @@ class BatchMaker:
         if (len(example.ids), len(example.images)) != measured:
             raise UserError(f"record {record['id']!r} has {len(example.ids)} tokens and {len(example.images)} images, "
                             f"but had {measured[0]} and {measured[1]} when the data was measured: the record has "
-                            "changed, or the run's folder cache/ is out of date")
+                            "changed, or the run's folder cache/ or the shards' lengths are out of date")
         report["seen"] += 1
         pixels, broken = examples.read_images(example, self.processor)
         if broken:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from llavamed_jax.errors import UserError
 from llavamed_jax.pipeline.packing import Plan
 
@@ -20,6 +22,7 @@ class SkipLimit:
         self._limit, self._samples, self._weights = limit, len(plan.stream), plan.stream.weights()
         self._is_known = (plan.lengths.tokens == 0) | plan.lengths.is_lossy  # damaged, or losing an image
         self._known = float(self._weights[self._is_known].sum())
+        self._usable = float(self._weights[plan.lengths.tokens > 0].sum())  # samples that an epoch reads
 
     def is_known(self, record: int) -> bool:
         """Returns whether a record was known to be damaged or to lose an image when it was measured."""
@@ -45,7 +48,9 @@ class SkipLimit:
           seen: samples that were read so far.
           reason: why the last one cannot be read.
         """
-        epochs = max(1, -(-seen // self._samples))  # so that a part of an epoch counts too little, and never too much
+        # A part of an epoch counts as one, so that its share is too small and never too large. Damaged records are not
+        # read; the sum of the weights is rounded, because it may be inexact.
+        epochs = max(1, math.ceil(round(seen / max(self._usable, 1), 6)))
         self._refuse(unreadable / epochs, anew / epochs, seen, reason)
 
     def _refuse(self, unreadable: float, anew: float, seen: int, reason: str) -> None:

@@ -18,8 +18,8 @@ class Progress:
     """The counts of a run so far, which its checkpoints carry.
 
     Attributes:
-      samples: samples seen.
-      tokens: supervised tokens seen.
+      samples: samples trained on.
+      tokens: supervised tokens trained on.
       samples_skipped: damaged records, and samples with an image that could not be read.
       images_skipped: images without a marker, or removed when the sample was cut.
       samples_truncated: samples longer than max_length.
@@ -30,7 +30,7 @@ class Progress:
       zero_gradients_in_a_row: consecutive updates with a gradient of exactly 0 up to now.
       updates_moved: updates that moved the parameters.
       updates_unmoved: updates that did not move the parameters, though their learning rate was not 0.
-      seen: samples that were read, skipped ones included.
+      samples_read: samples that were read, skipped ones included.
       unreadable: samples with an image that could not be read; a record counts in each epoch.
       unreadable_anew: those of them that were not known to lose an image when they were measured.
       best: {"step", "validation_loss"} of the best saved step; None before the first validation.
@@ -48,7 +48,7 @@ class Progress:
     zero_gradients_in_a_row: int = 0
     updates_moved: int = 0
     updates_unmoved: int = 0
-    seen: int = 0
+    samples_read: int = 0
     unreadable: int = 0
     unreadable_anew: int = 0
     best: dict | None = None

@@ -23,6 +23,8 @@ from llavamed_jax.training.rows import Data
 from llavamed_jax.training.state import TrainState
 from llavamed_jax.utils import signals
 
+_RENAMED = {"seen": "samples_read"}  # counts of earlier versions -> present name
+
 
 def find(workdir: Path, cfg: ConfigDict) -> tuple[dict, int | None]:
     """Finds the step that a run in a workdir resumes from.
@@ -108,7 +110,8 @@ def restore(workdir: Path, step: int, own: Checkpoint, program: Program, meta: M
     if distributed.process_index() == 0:
         for name in own.unused:  # checks tensors that no update needs, but an export of this run does
             own.read(name)
-    progress = Progress(**{"updates_moved": 1, **meta["progress"]})  # earlier versions did not count moved updates
+    counts = {_RENAMED.get(name, name): count for name, count in meta["progress"].items()}
+    progress = Progress(**{"updates_moved": 1, **counts})  # earlier versions did not count moved updates
     everywhere = replicated(program.mesh)
     return TrainState(
         step=put(np.int32(step), everywhere), skipped=put(np.int32(progress.updates_skipped), everywhere),

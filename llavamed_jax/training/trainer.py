@@ -283,8 +283,8 @@ class Run:
     def _trouble_counts(self) -> dict[str, int]:
         loader = self.batches
         return dict(samples_skipped=len(loader.skipped), images_skipped=loader.surplus,
-                    samples_truncated=loader.truncated, samples_unsupervised=loader.unsupervised, seen=loader.seen,
-                    unreadable=loader.unreadable, unreadable_anew=loader.unreadable_anew)
+                    samples_truncated=loader.truncated, samples_unsupervised=loader.unsupervised,
+                    samples_read=loader.seen, unreadable=loader.unreadable, unreadable_anew=loader.unreadable_anew)
 
     def _validate(self, eval_step, callbacks: Callbacks, agreed: StepAgreement) -> None:
         """Logs the validation loss and the evaluators' numbers; warns of skipped validation samples."""
@@ -318,7 +318,7 @@ class Run:
         """Raises UserError if the whole run, of all processes and before it was resumed, has skipped too many."""
         if not distributed.process_index():  # its counts are those of all processes
             counts, skipped = self.progress, self.batches.skipped
-            self._limit.refuse_counts(counts.unreadable, counts.unreadable_anew, counts.seen,
+            self._limit.refuse_counts(counts.unreadable, counts.unreadable_anew, counts.samples_read,
                                       skipped[-1]["reason"] if skipped else "see skipped.jsonl")
 
     def _check_something_was_trained(self) -> None:

@@ -20,10 +20,10 @@ from llavamed_jax.utils.nested import flatten
 
 _LENGTH = ("epochs", "total_steps")
 _MEMORY = ("remat", "micro_batches")  # they decide how an update is computed; its result is rounded differently
-# Keys that a resumed run may change: how long it trains, where and how often it logs, but not what it computes. By
-# data.mean_… only preflight plans.
+# Keys that a resumed run may change: how long it trains, when it gives up, where and how often it logs, but not what it
+# computes. Only preflight reads data.mean_….
 MAY_DIFFER = (*_LENGTH, *_MEMORY, "log_every", "samples_every", "data.samples", "nan_limit", "checkpoint.",
-              "data.workers", "mesh.", "data.mean_")
+              "data.workers", "data.skip_limit", "mesh.", "data.mean_")
 # Keys that older recipes lack, and the value that older runs used. Such a run keeps this value on resuming.
 LATER = {key: SCHEMA[key].default for key in ("loss_weighting", "quantize", "compute", "batch_size_may_grow", *(
     key for key in SCHEMA if key.startswith("lora.")))}

@@ -167,7 +167,8 @@ def test_broken_images_of_a_run_count_together_with_those_before_it_was_resumed(
     (tmp_path / "images" / "broken.png").write_bytes(b"none")
     records = [*[GOOD] * 4, *[record(image="broken.png")] * 6]
     monkeypatch.setattr(trainer, "make_train_step", FakeStep())
-    run = lambda steps: fit(recipe(records, batch_size=2, total_steps=steps, **{"data.images": tmp_path / "images"}), tmp_path / "run")
+    run = lambda steps, limit=0.5: fit(recipe(records, batch_size=2, total_steps=steps, **{
+        "data.images": tmp_path / "images", "data.skip_limit": limit}), tmp_path / "run")
     assert run(2) and 0 < store.read_meta(tmp_path / "run", 2)["progress"]["unreadable"] < 6
     if not is_counted_together:
         monkeypatch.setattr(trainer.Run, "_check_skipped", lambda self: None)
@@ -175,18 +176,33 @@ def test_broken_images_of_a_run_count_together_with_those_before_it_was_resumed(
         return
     with pytest.raises(UserError, match="6 of the first 10 samples have an unreadable image, more than the allowed 50% .*; step 3 is saved"):
         run(5)
+    assert run(5, limit=0.6), "a stopped run goes on with a higher limit"
 
 
 @pytest.mark.parametrize("unreadable, anew, seen, words", [
-    (0, 0, 0, ""), (1000, 0, 2000, ""), (1001, 0, 2000, "1001 of the first 2000"), (500, 0, 501, ""), (501, 0, 501, "501 of the first 501"),
-    (1500, 0, 3001, ""), (5000, 0, 9000, ""), (5005, 0, 9000, "1001 of the first 2000"),  # 4.5 epochs count as 5
-    (500, 500, 2000, ""), (502, 501, 2000, "1001 of the 2000 samples cannot be used or lose an image .502 have")])
+    (0, 0, 0, ""), (750, 0, 1500, ""), (751, 0, 1500, "751 of the first 1500"), (500, 0, 501, ""), (501, 0, 501, "501 of the first 501"),
+    (2000, 0, 2001, ""), (5000, 0, 7000, ""), (5005, 0, 7000, "1001 of the first 2000"),  # 4.7 epochs of 1,500 count as 5
+    (500, 500, 1500, ""), (502, 501, 1500, "1001 of the 2000 samples cannot be used or lose an image .502 have"),
+    (1500, 1500, 4500, ""), (1503, 1503, 4500, "1001 of the 2000 samples"), (1503, 1503, 4501, "")])
 def test_counts_of_a_run_are_judged_by_the_epoch(unreadable, anew, seen, words):
     tokens = np.ones(2000, np.int32)
     tokens[:500] = 0
     plan = Plan(Stream((2000,), (2000,), 0, True), Lengths(tokens, np.ones(2000, np.int16), [], 0, 0, 0), Layout(64, 1, 2, True))
     with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
         SkipLimit(plan, 0.5).refuse_counts(unreadable, anew, seen, "torn")
+
+
+@pytest.mark.parametrize("weight", [1, 1.1])
+def test_a_run_below_the_limit_never_ends_for_its_damaged_records(weight):
+    """40 % are damaged and 8 % unreadable, which 50 % allow in each epoch, after any update."""
+    tokens = np.ones(10_000, np.int32)
+    tokens[:4000] = 0
+    stream = Stream((10_000,), (round(10_000 * weight),), 0, True)
+    limit = SkipLimit(Plan(stream, Lengths(tokens, np.ones(10_000, np.int16), [], 0, 0, 0), Layout(64, 1, 2, True)), 0.5)
+    for seen in range(0, round(24_000 * weight), 600):
+        limit.refuse_counts(round(seen * 0.08 / 0.6), round(seen * 0.08 / 0.6), seen, "torn")
+    with pytest.raises(UserError, match="cannot be used or lose an image"):
+        limit.refuse_counts(round(3300 * weight), round(3300 * weight), round(18_000 * weight), "torn")
 
 
 def test_validation_images_that_cannot_be_read_are_counted_and_printed(recipe, tmp_path, monkeypatch, capsys):

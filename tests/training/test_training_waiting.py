@@ -90,7 +90,7 @@ def test_a_signal_during_a_validation_saves_without_the_rest_of_it(recipe, tmp_p
     callbacks = Callbacks([lambda s: evaluate(s, "first"), lambda s: evaluate(s, "second")])
     assert fit(cfg(), tmp_path / "run", callbacks) is False
     assert newest_intact_step(tmp_path / "run") == (3, [])
-    assert calls == ["batch"] if at == "batch" else ["batch", "batch", "batch", "first"]
+    assert calls == (["batch"] if at == "batch" else ["batch", "batch", "batch", "first"])
     line, = [line for line in runs.log_lines(tmp_path / "run") if "validation_loss" in line or "first" in line] or [{}]
     assert line == {"batch": {}, "evaluator": {"step": 3, "validation_loss": 2.0, "first": 1.0},
                     "answers": {"step": 3, "validation_loss": 2.0}}[at]
