@@ -44,21 +44,21 @@ class Verdict:
       value: what was read from the reply; None if the question stays unscored.
       text: the last reply, stripped.
       first_text: the first reply, stripped, if the judge was asked twice; else None.
-      first_reply: the first reply as it came; "" if there is none.
       finish_reason: `stop`, `length`, …; shows whether the reply ended before its verdict.
       error: the reason why there is no reply; None if there is one.
       prompt_tokens: tokens of all prompts for this text, as the server counted them.
       completion_tokens: tokens of all replies for this text, as the server counted them.
+      first_reply: the first reply as it came; "" if there is none.
     """
 
     value: Any = None
     text: str = ""
     first_text: str | None = None
-    first_reply: str = ""
     finish_reason: str = ""
     error: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    first_reply: str = ""
 
     @property
     def is_asked_again(self) -> bool:
@@ -219,8 +219,9 @@ class Judge:
         last = replies[-1]
         return Verdict(
             self._read(last.text), last.text.strip(), first.text.strip() if again is not None else None,
-            replies[0].text, last.finish_reason, error,
+            last.finish_reason, error,
             sum(reply.prompt_tokens for reply in replies), sum(reply.completion_tokens for reply in replies),
+            replies[0].text,
         )
 
 
