@@ -201,9 +201,22 @@ def help_text(width: int) -> str:
     return "\n".join(lines)
 
 
+# Keys that a recipe may lack that writes out all keys itself: they were added later, and a run does not read them.
+_ADDED = {"data.mean_text", "data.mean_images"}
+
+
 def check(cfg: ConfigDict) -> None:
-    """Raises UsageError for a missing or unknown key, and for a value with which no run could start."""
+    """Checks a recipe, and gives it the defaults of the keys in `_ADDED` that it lacks.
+
+    Raises:
+      UsageError: a missing or unknown key, or a value with which no run could start.
+    """
     values = flatten(cfg)
+    if "data.mean_length" in values and not _ADDED <= set(values):
+        with cfg.unlocked():
+            for key in _ADDED - set(values):
+                cfg.data[key.removeprefix("data.")] = SCHEMA[key].default
+        values = flatten(cfg)
     missing, unknown = sorted(set(SCHEMA) - set(values)), sorted(set(values) - set(SCHEMA))
     if missing or unknown:
         found = (("lacks the config keys", missing), ("has the unknown config keys", unknown))
@@ -214,7 +227,7 @@ def check(cfg: ConfigDict) -> None:
         raise UsageError("the config keys 'epochs' and 'total_steps' are both none; one of them was expected")
     if cfg.data.mean_length is None and cfg.data.mean_text is None:
         raise UsageError("the config keys 'data.mean_text' and 'data.mean_length' are both none; one of them was "
-                         "expected, by which preflight plans")
+                         "expected, because preflight plans with it")
     if isinstance(cfg.micro_batches, int) and cfg.batch_size % cfg.micro_batches and not cfg.data.packing:
         raise UsageError(f"the config key 'batch_size' is {cfg.batch_size}; "
                          f"a multiple of micro_batches ({cfg.micro_batches}) was expected")

@@ -242,6 +242,11 @@ def _check_skip_limit(cfg: ConfigDict, path, stream: packing.Stream, found: Leng
         raise UserError(f"{lost:.0f} of the {named:.0f} images of {path} are left out, {why}")
 
 
+def _usable(stream: packing.Stream, found: Lengths) -> float:
+    """Returns the samples of an epoch that can be used; a source of weight 2 counts twice."""
+    return float((stream.weights() * (found.tokens > 0)).sum())
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Settles the shape of rows from the data's lengths and the mesh."""
@@ -276,13 +281,13 @@ class _Rows:
         if parts == sizes.AUTO:
             parts = sizes.parts_of(-(-rows // shards), length)
         made = packing.Layout(length, slots, rows, cfg.data.packing, micro_batches=parts)
-        if not settled and cfg.total_steps is None and len(stream) < 2 * update.samples:
+        if not settled and cfg.total_steps is None and _usable(stream, found) < 2 * update.samples:
             made = replace(made, rows=min(rows, len(packing.Plan(stream, found, made).rows(0))))
         return self._padded(made, shards * parts)
 
     def _at_most(self, stream: packing.Stream, found: Lengths) -> ConfigDict:
         """Returns the recipe with a batch of at most an epoch's samples, if `epochs` says how long the run trains."""
-        number = max(1, round((stream.weights() * (found.tokens > 0)).sum()))
+        number = max(1, round(_usable(stream, found)))
         if self.cfg.total_steps is not None or number >= self.cfg.batch_size:
             return self.cfg
         cfg = self.cfg.copy_and_resolve_references()

@@ -22,7 +22,7 @@ from llavamed_jax.pipeline.workers import WorkerError
 from llavamed_jax.training import alike, arithmetic, bucket_workdir, recipe, resume, settings, void_keys
 from llavamed_jax.training import place as places
 from llavamed_jax.training import workdir as workdirs
-from llavamed_jax.training.callbacks import NONE, Callbacks, Snapshot
+from llavamed_jax.training.callbacks import NONE, Callbacks, Sampler, Snapshot
 from llavamed_jax.training.log import MetricsWriter, SilentLog, troubles
 from llavamed_jax.training.metrics_reader import MetricsReader, Update
 from llavamed_jax.training.profiler import Profiler
@@ -220,7 +220,7 @@ class Run:
                     profiler.after(self.step, reader.drain)
                     if has_samples and self._is_due(self.cfg.samples_every):
                         with reader.paused():
-                            self.log.samples(self.step, callbacks.sampler(self._snapshot()))
+                            self._show_answers(callbacks.sampler, agreed)
                     is_due = self._is_due(self.cfg.checkpoint.every_steps)
                     if is_due or agreed.is_save_due:
                         with reader.paused():
@@ -286,10 +286,22 @@ class Run:
                     samples_truncated=loader.truncated, samples_unsupervised=loader.unsupervised,
                     samples_read=loader.seen, unreadable=loader.unreadable, unreadable_anew=loader.unreadable_anew)
 
+    def _show_answers(self, sampler: Sampler, agreed: StepAgreement) -> None:
+        """Logs the sample answers; a signal ends them and not the step, whose checks are still to come."""
+        try:
+            self.log.samples(self.step, sampler(self._snapshot()))
+        except signals.Stopped as stopped:  # in all processes
+            agreed.agree_to_stop()
+            self.log.say(str(stopped))
+
     def _validate(self, eval_step, callbacks: Callbacks, agreed: StepAgreement) -> None:
-        """Logs the validation loss and the evaluators' numbers; warns of skipped validation samples."""
+        """Logs the validation loss and the evaluators' numbers; warns of skipped validation samples.
+
+        No run resumes at the last step, so the validation of this step does not end at a signal.
+        """
+        is_last = self.step >= self.total_steps
         found, is_complete = judge(self._snapshot(), self.state, eval_step, callbacks.evaluators, self.progress,
-                                   agreed.agree_to_stop)
+                                   (lambda: False) if is_last else agreed.agree_to_stop)
         if not is_complete:
             what = "the evaluation of answers" if found else "the validation"
             self.log.say(f"{what} of step {self.step} was stopped and is not recorded")

@@ -154,3 +154,18 @@ def test_other_words_are_refused(override, words):
     from llavamed_jax.training import recipe as recipes
     with pytest.raises(UsageError, match=words):
         recipes.check(recipe(override))
+
+
+@pytest.mark.parametrize("lacking, is_taken", [(("mean_text", "mean_images"), True), (("mean_images",), True), (("mean_length",), False)])
+def test_a_recipe_that_writes_out_all_keys_need_not_have_the_newest(lacking, is_taken):
+    from llavamed_jax.training import recipe as recipes
+    cfg = recipe("data.mean_length=700")
+    with cfg.unlocked():
+        for key in lacking:
+            del cfg.data[key]
+    if not is_taken:
+        with pytest.raises(UsageError, match="lacks the config keys data.mean_length$"):
+            recipes.check(cfg)
+        return
+    recipes.check(cfg)
+    assert [cfg.data[key] for key in lacking] == [recipes.SCHEMA[f"data.{key}"].default for key in lacking]

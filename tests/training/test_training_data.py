@@ -220,6 +220,15 @@ def test_damaged_records_are_listed_once_and_too_many_stop_the_run(recipe, run, 
         run(recipe(**cfg, **{"data.skip_limit": 0.1}), tmp_path / "other")
 
 
+def test_damaged_records_make_no_set_larger_than_an_update(recipe, tmp_path):
+    records = json.loads(open(recipe().data.train).read())
+    (tmp_path / "train.json").write_text(json.dumps(records + [5] * 90))
+    cfg = recipe(total_steps="none", batch_size=48, epochs=3, **{
+        "data.packing": False, "data.train": tmp_path / "train.json", "data.skip_limit": 1.0})
+    data = Data.open(cfg, open_start(cfg), make_mesh("data=1"))
+    assert (data.total_steps(), data.plan.layout.rows) == (3, 12)
+
+
 @pytest.mark.parametrize("changes, devices", [
     ({"data.packing": False, "micro_batches": "auto"}, 8), ({"data.packing": False, "micro_batches": 2}, 1),
     ({"data.row_length": 0}, 8), ({"data.row_length": 96, "micro_batches": 3}, 2)])

@@ -101,6 +101,36 @@ def test_a_signal_during_a_validation_saves_without_the_rest_of_it(recipe, tmp_p
     assert fit(cfg(), tmp_path / "run", callbacks) is True
 
 
+@pytest.mark.parametrize("at", ["samples", "batch"])
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_a_signal_at_the_last_step_leaves_out_neither_the_checks_nor_the_validation(recipe, tmp_path, monkeypatch, at, is_trained):
+    """No run resumes there."""
+    data, calls = runs.write_data(tmp_path), []
+    monkeypatch.setattr(trainer, "make_train_step", runs.FakeStep(lambda step: not is_trained))
+
+    def sampler(snapshot):
+        if at == "samples" and snapshot.step == 3:
+            terminate()
+            raise signals.Stopped("stopped while the model answered")
+        return []
+
+    def eval_step(*_):
+        calls.append("batch")
+        if at == "batch":
+            terminate() if len(calls) == 1 else None
+        return jax.numpy.float32(2), jax.numpy.float32(1)
+
+    monkeypatch.setattr(trainer, "make_eval_step", lambda *_: eval_step)
+    cfg = recipe(batch_size=2, total_steps=3, samples_every=1, **{"data.validation": data / "validation.json"})  # three batches
+    if not is_trained:
+        with pytest.raises(UserError, match="3 of 3 updates were skipped"):
+            fit(cfg, tmp_path / "run", Callbacks(sampler=sampler))
+        return
+    assert fit(cfg, tmp_path / "run", Callbacks(sampler=sampler)) is True
+    line, = [line for line in runs.log_lines(tmp_path / "run") if "validation_loss" in line]
+    assert line == {"step": 3, "validation_loss": 2.0} and calls == ["batch"] * 3
+
+
 def test_a_signal_cuts_the_answers_short(monkeypatch):
     """In process 0, which answers for all; elsewhere its word counts."""
     monkeypatch.setattr(TrainedModel, "_loaded", lambda *_: contextlib.nullcontext(
