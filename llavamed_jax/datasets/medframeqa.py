@@ -42,7 +42,7 @@ def read_medframeqa(selected: Selection) -> list[VqaSample]:
         images = [row[name] for name in PICTURES if name in row]
         found.add(row, identity, images, as_published(row, "question"), options, lines,
                   right_place(row.text("correct_answer"), options), is_numbered=True,
-                  organ=row.labels("organ"), modality=row.optional("modality"))
+                  organ=row.labels("organ"), modality=row.labels("modality"))
     return found.done()
 
 

@@ -39,7 +39,7 @@ def read_medxpertqa_mm(selected: Selection) -> list[VqaSample]:
         lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
         found.add(row, row.identity("id"), _images(row, folder), as_published(row, "question"), options, lines,
                   right_place(row.text("label"), options, "letter"), is_numbered=True,
-                  organ=row.labels("body_system"), question_type=row.optional("question_type"))
+                  organ=row.labels("body_system"), question_type=row.labels("question_type"))
     return found.done()
 
 

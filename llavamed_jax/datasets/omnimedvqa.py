@@ -45,7 +45,7 @@ def read_omnimedvqa(selected: Selection) -> list[VqaSample]:
             lines = [f"{letter}. {as_published(row, f'option_{letter}')}" for letter in letters]
             found.add(row, row.identity("question_id"), [row.image("image_path", folder)],
                       as_published(row, "question"), options, lines, _place(row.text("gt_answer"), letters, options),
-                      question_type=row.labels("question_type"), modality=row.optional("modality_type"))
+                      question_type=row.labels("question_type"), modality=row.labels("modality_type"))
     return found.done()
 
 
