@@ -146,7 +146,7 @@ MUTANTS = [
            ("evaluation/test_statistics.py",)),
     # openai_client, parallel, preflight, utils
     Mutant("a reply without text is an empty answer", "openai_client/replies.py",
-           'raise PassingError("no text", f"its reply has no text (finish_reason {finish})")', 'text = ""',
+           'raise PassingError("no text", f"its reply has no text (finish_reason {finish})", **billed)', 'text = ""',
            ("openai_client", "evaluation/test_endpoint.py")),
     Mutant("one mesh axis may divide two dimensions", "parallel/mesh.py", "if len(set(used)) != len(used):",
            "if False:", ("parallel",)),
