@@ -163,7 +163,7 @@ KINDS["llama3.1"] = (LLAMA31, *KINDS["llama3"][1:])
 TEMPLATES = {"hf:chatml": "smollm2", "hf:qwen": "qwen2.5", "hf:qwen3": "qwen3", "hf:llama3": "llama3", "hf:llama3.1": "llama3.1",
              "up:qwen_1_5": "qwen2", "hf:chatml_no_system": "qwen3-2507", "hf:olmo2": "olmo2"}
 # Its tokenizer splits digits by threes, as Llama 3's, and puts no beginning before a text: the template does.
-KINDS["olmo2"] = (OLMO2, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|endofprompt|>", "<|pad|>"], [], False,
+KINDS["olmo2"] = (OLMO2, ["<|endoftext|>", "<|fim_prefix|>", "<|im_start|>", "<|im_end|>", "<|endofprompt|>", "<|pad|>"], [], False,
                   ("<|endoftext|>", "<|endoftext|>", "<|pad|>", "<|endoftext|>"), "GPT2Tokenizer")
 TEXT = """Is there a pneumothorax in the left lung? No, the left lung is clear. What modality is shown? A chest X-ray, PA view.
 user assistant system think Which organ is enlarged? The heart, by 12 mm. Cutting Knowledge Date: December 2023
