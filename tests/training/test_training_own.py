@@ -333,7 +333,7 @@ def test_damaged_steps_ahead_do_not_push_out_intact_ones(recipe, workdir, withou
                                            ("data.validation", "data.validation. have changed since")])
 def test_data_of_the_same_lengths_and_other_content_is_refused(recipe, tmp_path, without_compiling, monkeypatch, key, sentence):
     files = {f"data.{name}": runs.write_data(tmp_path) / f"{name}.json" for name in ("train", "validation")}
-    monkeypatch.setattr(trainer, "judge", lambda *_: {})  # which would compile
+    monkeypatch.setattr(trainer, "judge", lambda *_: ({}, True))  # which would compile
     assert fit(recipe(total_steps=3, **files), tmp_path / "run")
     records = json.loads(files[key].read_text())
     other = next(i for i, record in enumerate(records) if record["image"] != records[0]["image"])
