@@ -2,12 +2,13 @@
 
     make smol                                        builds the model, trains a short version, evaluates and asks
     python train.py --config configs/smol.py:align --workdir runs/smol/align             then instruct, then vqa:
-    python train.py --config configs/smol.py:epochs=2 --workdir runs/smol/vqa
+    python train.py --config configs/smol.py:epochs=2 --workdir runs/smol/vqa     # 73 minutes on two busy cores
 
 The stages start from what `python samples/smol.py --prepare --source data/vqa_rad --source data/slake` makes: the model in
 `runs/smol/init`, and captions, conversations and questions in `runs/smol/texts`, from the training rows of VQA-RAD and
 SLAKE. With `--vision runs/small` the tower is the one that `configs/small.py` has trained on the same rows, in a decoder
-that costs a tenth; without, it is random. Tower and projector learn faster than the pretrained decoder. Every number is ours.
+that costs a tenth; without, it is random. README's figures are of such a tower, align, and vqa from it
+(`--config.init=runs/smol/align`). Tower and projector learn faster than the pretrained decoder. Every number is ours.
 """
 
 from ml_collections import ConfigDict
