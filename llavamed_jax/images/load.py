@@ -100,7 +100,7 @@ def preprocess_uint8(image: Image.Image, size: int, mode: str = "pad", settings:
     """Preprocesses an image without normalisation: uint8 has a quarter of the bytes to send to a device.
 
     Args:
-      image: an image of mode RGB, as `load_image` returns it.
+      image: the image.
       size: edge of the result in pixels.
       mode: `pad` first pads to a square, with the image at half the difference rounded down (v1.5 drew that pixel at
         random, quirk Q3); `square` does not pad, so that with CLIP's settings the image outside its central square is
@@ -117,6 +117,7 @@ def preprocess_uint8(image: Image.Image, size: int, mode: str = "pad", settings:
     """
     if mode not in MODES:
         raise UserError(f"the image mode is {mode!r}; {' or '.join(MODES)} was expected")
+    image = _from_pillow(image)
     short, long = sorted(image.size)
     keeps_shape = settings.resize is None or len(settings.resize) == 1
     if short < 1 or keeps_shape and long > MAX_ASPECT * short:

@@ -356,7 +356,7 @@ class Service:
             if total > most:
                 raise invalid(f"the images of the request have {total} pixels together up to {where}; at most {most} "
                               "were expected", "messages", "image_too_large")
-            made += self.model.processor.images_uint8([images.decode(data, where, self.limits)])
+            made.append(self.model.processor.images_uint8([images.decode(data, where, self.limits)])[0])
         return made
 
     def _request(self, messages: Sequence[Message], settings: Settings, encoded: Sequence[str | bytes]):
