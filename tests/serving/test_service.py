@@ -66,6 +66,7 @@ def test_one_whole_image_is_in_memory_at_a_time(monkeypatch):
         made.append(weakref.ref(image))
         return image
     monkeypatch.setattr(images, "decode", decode)
+    monkeypatch.setattr(images, "pixels_of", lambda data, where, limits: 1)
     service, url = service_of(), "data:image/png;base64,AAAA"
     service._request(read_messages([{"role": "user", "content": [{"image_url": url}, "and", {"image_url": url}]}, {"role": "assistant", "content": "A"},
                                     {"role": "user", "content": [{"image_url": url}, "so?"]}]), Settings(), [url, url, b"x"])
