@@ -110,7 +110,7 @@ def main() -> int:
     evaluation = out / "eval"
     command("eval.py", "--config", "configs/eval/vqa_rad.py:demo", "--checkpoint", checkpoint, "--workdir", evaluation,
             "--control", "image")
-    ask(checkpoint)
+    ask(out / "instruct")  # which speaks in sentences; the last stage answers in the words of the sets
     print(f"\nTook {(time.monotonic() - start) / 60:.1f} minutes. For research only, never for clinical decisions.")
     print(f"report       {evaluation / 'report.html'}\ncheckpoint   {checkpoint}")
     return 0
