@@ -109,6 +109,7 @@ class Loader:
       truncated: samples so far that were cut.
       surplus: images so far that were left out.
       unsupervised: samples so far without a supervised token (see `conversation.supervise`).
+      limit: the limit of samples that may turn out unusable.
       seen: samples so far that were read.
       unreadable: samples so far with an image that could not be read.
       unreadable_anew: those of them that were not known to lose an image when they were measured.
@@ -116,7 +117,7 @@ class Loader:
 
     def __init__(self, make: BatchMaker, num_workers: int, on_skip: Callable[[dict], None] | None, skip_limit: float):
         self._make, self._workers, self._on_skip = make, num_workers, on_skip
-        self._limit = SkipLimit(make.plan, skip_limit)
+        self.limit = SkipLimit(make.plan, skip_limit)
         self._place = make.start
         self._records = make.data.fingerprint()
         self.on_wait: Callable[[float], object] = lambda waited: None
@@ -164,10 +165,10 @@ class Loader:
         """Counts the records of a batch with an unreadable image; raises UserError if there are too many by now."""
         self.seen += seen
         self.unreadable += len(unreadable)
-        self.unreadable_anew += sum(not self._limit.is_known(record) for record in unreadable)
+        self.unreadable_anew += sum(not self.limit.is_known(record) for record in unreadable)
         self._broken.update(unreadable)
         try:
-            self._limit.refuse(self._broken, self.seen, self.skipped[-1]["reason"] if self.skipped else "")
+            self.limit.refuse(self._broken, self.seen, self.skipped[-1]["reason"] if self.skipped else "")
         except UserError:
             self.close()
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.parallel.mesh import local_rows
 from llavamed_jax.pipeline.loader import Loader
-from llavamed_jax.pipeline.skips import SkipLimit
 from llavamed_jax.pipeline.workers import WorkerError
 from llavamed_jax.training import alike, arithmetic, bucket_workdir, recipe, resume, settings, void_keys
 from llavamed_jax.training import place as places
@@ -185,10 +183,6 @@ class Run:
         self.batches.close()
         self.log.close()
 
-    @functools.cached_property
-    def _limit(self) -> SkipLimit:
-        return SkipLimit(self.data.plan, self.cfg.data.skip_limit)
-
     @property
     def rows(self) -> list[int]:
         """The rows of an update that lie on this process's devices."""
@@ -330,8 +324,9 @@ class Run:
         """Raises UserError if the whole run, of all processes and before it was resumed, has skipped too many."""
         if not distributed.process_index():  # its counts are those of all processes
             counts, skipped = self.progress, self.batches.skipped
-            self._limit.refuse_counts(counts.unreadable, counts.unreadable_anew, counts.samples_read,
-                                      skipped[-1]["reason"] if skipped else "see skipped.jsonl")
+            self.batches.limit.refuse_counts(
+                counts.unreadable, counts.unreadable_anew, counts.samples_read,
+                skipped[-1]["reason"] if skipped else "see skipped.jsonl")
 
     def _check_something_was_trained(self) -> None:
         if self.step >= self.total_steps:
