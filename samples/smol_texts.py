@@ -129,13 +129,14 @@ def read(source: Path) -> list[VqaSample]:
     return SETS[name].read(Selection(source, "train", "clean"))
 
 
-def write(sources: Sequence[Path], out: Path, held_out: Iterable[str] = ()) -> dict[str, int]:
+def write(sources: Sequence[Path], out: Path, held_out: Iterable[str] = (), seed: int = 0) -> dict[str, int]:
     """Writes the files.
 
     Args:
       sources: the folders with VQA-RAD or SLAKE.
       out: the folder of the files; made if it does not exist.
       held_out: names of images of which nothing is written.
+      seed: of `texts`.
 
     Returns:
       The number of records in each file.
@@ -143,7 +144,7 @@ def write(sources: Sequence[Path], out: Path, held_out: Iterable[str] = ()) -> d
     left_out = set(held_out)
     # A relative image would be looked for beside the file that names it.
     samples = [sample for source in sources for sample in read(source.absolute()) if sample.image.name not in left_out]
-    files = texts(samples)
+    files = texts(samples, seed)
     out.mkdir(parents=True, exist_ok=True)
     for name, records in files.items():
         write_text(out / name, json.dumps(records, indent=1, ensure_ascii=False) + "\n")
@@ -157,9 +158,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=local, action="append", required=True, help="a folder with VQA-RAD or SLAKE")
     parser.add_argument("--out", type=local, required=True)
+    parser.add_argument("--seed", type=int, default=0, help="another one joins other questions of an image")
     flags = parser.parse_args()
     try:
-        found = write(flags.source, flags.out)
+        found = write(flags.source, flags.out, seed=flags.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
