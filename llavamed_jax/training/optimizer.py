@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,17 @@ def state_shardings(optimizer: optax.GradientTransformation, params: Mapping[str
       shardings: the sharding of each parameter.
       replicated: the sharding of the counters.
     """
-    abstract = jax.eval_shape(optimizer.init, params)
-    return optax.tree.map_params(optimizer, lambda _, sharding: sharding, abstract, dict(shardings),
-                                 transform_non_params=lambda _: replicated)
+    return like_state(optimizer, jax.eval_shape(optimizer.init, params), dict(shardings), replicated)
+
+
+def like_state(optimizer: optax.GradientTransformation, state, by_param: Mapping[str, Any], otherwise: Any):
+    """Returns a tree of the optimizer's state: for a moment what belongs to its parameter, for counters `otherwise`.
+
+    Args:
+      optimizer: as `build` returns it.
+      state: its state, arrays or shapes.
+      by_param: a leaf for each parameter.
+      otherwise: the leaf of all that is not a moment.
+    """
+    return optax.tree.map_params(optimizer, lambda _, leaf: leaf, state, by_param,
+                                 transform_non_params=lambda _: otherwise)

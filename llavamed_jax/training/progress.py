@@ -24,7 +24,7 @@ class Progress:
       images_skipped: images without a marker, or removed when the sample was cut.
       samples_truncated: samples longer than max_length.
       samples_unsupervised: samples without a supervised token, because the original's label arithmetic does not add up.
-      updates_skipped: updates with a loss or gradient that was not finite.
+      updates_skipped: updates with a loss, gradient or update that was not finite.
       skipped_in_a_row: consecutive skipped updates up to now.
       zero_gradients: updates with a gradient of exactly 0.
       zero_gradients_in_a_row: consecutive updates with a gradient of exactly 0 up to now.

@@ -17,6 +17,7 @@ from llavamed_jax.models.decoders.llama import head_kernel
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel import xla
 from llavamed_jax.parallel.mesh import batch_sharding, constrain, replicated
+from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training.losses import chunked_cross_entropy, num_samples, num_supervised
 from llavamed_jax.training.state import TrainState, merge
 
@@ -68,8 +69,10 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
     Returns:
       (state, batch) -> (state, metrics). The old state is donated: do not use it again. Metrics are float32 scalars:
       `loss` (the mean of tokens, or of the means of samples), `tokens` (supervised), `grad_norm` (before clipping),
-      `learning_rate`, `moved` (0 if the update was less than `STILL` of the parameters), `skipped` (1 if loss, gradient
-      or the new parameters were not finite; then parameters and optimizer stay as they were).
+      `learning_rate`, `moved` (0 if the update was less than `STILL` of the parameters), `skipped` (1 if the loss, or
+      the norm of the gradient or of the update, was not finite). If loss or gradient were not finite, parameters and
+      optimizer stay as they were. If only the update was not, the numbers that would not be finite stay, with their
+      moments, and so do the optimizer's counters.
     """
 
     def step(state: TrainState, batch: Batch):
@@ -82,27 +85,27 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
         if weighting == "sample":
             tokens, divisor = num_supervised(batch["labels"], batch["segment_ids"]), num_samples(batch["segment_ids"])
         grads = jax.tree.map(lambda g: g / jnp.maximum(divisor, 1.0), grads)
-        grad_norm = optax.tree.norm(grads)
+        # Both norms come before the update: what the update waits for cannot be fused with it, and XLA would copy
+        # parameters that a kernel sums and replaces.
+        grad_norm, size = jax.lax.optimization_barrier((optax.tree.norm(grads), optax.tree.norm(state.trainable)))
+        is_finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
+
+        # From here on one pass over the state computes, chooses, sums and writes. A finite gradient may overflow in the
+        # optimizer, which would ruin all later updates: a number that would overflow stays as it was, with its moments.
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         moved = optax.apply_updates(state.trainable, updates)
-        # The update is checked too: a finite gradient may overflow in the optimizer, which would ruin all later
-        # updates.
-        is_finite = jax.tree.reduce(lambda so_far, x: so_far & jnp.isfinite(x).all(), moved,
-                                    jnp.isfinite(total) & jnp.isfinite(grad_norm))
-
+        is_taken = jax.tree.map(lambda x: is_finite & jnp.isfinite(x), moved)
+        trainable = jax.tree.map(jnp.where, is_taken, moved, state.trainable)
         change = optax.tree.norm(jax.tree.map(jnp.subtract, moved, state.trainable))
-        is_moved = change > STILL * optax.tree.norm(state.trainable)
-
-        def if_finite(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
+        is_whole = is_finite & jnp.isfinite(change)
+        opt_state = jax.tree.map(jnp.where, optimizers.like_state(optimizer, opt_state, is_taken, is_whole), opt_state,
+                                 state.opt_state)
 
         metrics = dict(loss=total / jnp.maximum(count, 1.0), tokens=tokens, grad_norm=grad_norm,
-                       learning_rate=schedule(state.step - state.skipped), moved=is_moved.astype(jnp.float32),
-                       skipped=1.0 - is_finite)
-        state = state.replace(
-            step=state.step + 1, skipped=state.skipped + (1 - is_finite.astype(jnp.int32)),
-            trainable=if_finite(moved, state.trainable),
-            opt_state=if_finite(opt_state, state.opt_state))
+                       learning_rate=schedule(state.step - state.skipped),
+                       moved=(change > STILL * size).astype(jnp.float32), skipped=1.0 - is_whole)
+        state = state.replace(step=state.step + 1, skipped=state.skipped + (1 - is_whole.astype(jnp.int32)),
+                              trainable=trainable, opt_state=opt_state)
         return state, metrics
 
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)),

@@ -24,6 +24,7 @@ from llavamed_jax.training.step import llava_loss, make_eval_step, make_train_st
 CFG = LlavaConfig(VisionConfig(16, 32, 3, 2, 16, 8),
                   DecoderConfig(64, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 128, architecture="mistral"), max_length=24)
 TRAINABLE = ("projector/.*", "decoder/.*")
+PROJECTOR = [f"projector/linear_{n}/{part}" for n in (0, 1) for part in ("kernel", "bias")]
 OPTIMIZER = dict(learning_rate=1e-3, warmup_ratio=0.03, weight_decay=0.0, clip_norm=1.0, b1=0.9, b2=0.999, eps=1e-8,
                  mu_dtype="float32", overrides=())
 
@@ -116,7 +117,7 @@ def test_loss_without_supervision_is_zero_over_zero():
 
 def test_partition_is_by_whole_names(params):
     trained, frozen = states.partition(stack(params), ["projector/.*"])
-    assert set(trained) == {f"projector/linear_{n}/{part}" for n in (0, 1) for part in ("kernel", "bias")}
+    assert set(trained) == set(PROJECTOR)
     assert "decoder/layers/mlp/up_proj/kernel" in frozen and not set(trained) & set(frozen)
 
 
@@ -378,6 +379,29 @@ def test_each_of_loss_norm_and_update_must_be_finite(params, optimizer, slope, o
     assert float(metrics["skipped"]) == 1 and float(metrics["tokens"]) == 0
     assert (np.isfinite(float(metrics["loss"])), np.isfinite(float(metrics["grad_norm"]))) == finite
     assert all(np.array_equal(before[n], np.asarray(x)) for n, x in state.trainable.items())
+
+
+@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
+def test_numbers_that_overflow_in_the_optimizer_stay_while_the_update_counts_as_skipped(params, mu_dtype):
+    """Two of many, in AdamW itself, again and again: they and their moments keep their bits, and nothing is ever not finite."""
+    optimizer, _ = optimizers.build(optimizer_config(warmup_ratio=0.0, learning_rate=1e38, clip_norm=0.0, mu_dtype=mu_dtype), 10, PROJECTOR)
+    mesh, name = make_mesh("data=1", jax.devices()[:1]), "projector/linear_0/kernel"
+    shardings = states.state_shardings(CFG, stack(params), ("projector/.*",), optimizer, mesh)
+    params = flatten_dict(stack(params), sep="/")
+    params[name] = params[name].copy()
+    params[name][:2, 0] = -3e38
+    ones = lambda tree, batch: (sum((x - jax.lax.stop_gradient(x)).sum() for x in jax.tree.leaves(tree["projector"])), jnp.float32(1))
+    state = states.create(params, shardings, optimizer, jnp.float32)
+    step = make_train_step(ones, optimizer, lambda _: jnp.float32(0), mesh, shardings)
+    for number in (1, 2):
+        state, metrics = step(state, {})
+        adam = state.opt_state[1]
+        assert (float(metrics["skipped"]), int(state.skipped), int(state.step)) == (1, number, number)
+        assert int(adam.count) == 0, "a skipped update does not count"
+        assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves((state.trainable, adam.mu, adam.nu)))
+        assert np.array_equal(np.asarray(state.trainable[name])[:2, 0], np.float32([-3e38, -3e38]))
+        assert not np.asarray(adam.mu[name], np.float32)[:2, 0].any()
+        assert (np.asarray(state.trainable[name])[2:] < -1e37).all() and np.asarray(adam.mu[name], np.float32)[2:].all()
 
 
 def test_gradient_is_taken_of_the_trainable_part_alone(params):
