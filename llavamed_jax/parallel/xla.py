@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import os
 
+import jax
+
 UPDATE, ENGINE = "update", "engine"
-FLAGS: dict[str, dict[str, dict[str, int | str]]] = {
+FLAGS: dict[str, dict[str, dict[str, bool | int | str]]] = {
     "gpu": {
         # XLA plans for this many percent of the memory. At its default it computes values again that would have fit: it
         # splits the backward pass of SwiGLU into three kernels that read 195 GB where one reads 90. Whether a program
         # fits is judged by its peak, at 95 % of the memory.
-        UPDATE: {"xla_gpu_memory_limit_slop_factor": 115},
+        # The stacks of a scan, what its rounds save and the gradients, are not filled with zeros first: each round
+        # writes its own slice.
+        UPDATE: {"xla_gpu_memory_limit_slop_factor": 115,
+                 "xla_gpu_enable_dus_accumulator_zero_init_elimination": True},
         # Products of one input with kernels of fewer MB are merged, for which the kernels are copied into one in every
         # round: of 64 rows 3.2 of 26.7 GB a token. Kernels that may be joined are (`models.joined`).
         ENGINE: {"xla_gpu_dot_merger_threshold_mb": 0},
@@ -27,7 +32,11 @@ FLAGS: dict[str, dict[str, dict[str, int | str]]] = {
 }
 
 
-def options(platform: str, of: str) -> dict[str, int | str] | None:
+# The first version of JAX that is known to have a flag; an older one ends the compilation with an error.
+_SINCE = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": (0, 10, 2)}
+
+
+def options(platform: str, of: str) -> dict[str, bool | int | str] | None:
     """Returns the `compiler_options` of a program; None if it has none.
 
     Args:
@@ -37,4 +46,5 @@ def options(platform: str, of: str) -> dict[str, int | str] | None:
     given = " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")).split()
     taken = {word.removeprefix("--").partition("=")[0] for word in given}
     flags = FLAGS.get(platform, {}).get(of, {})
-    return {name: value for name, value in flags.items() if name not in taken} or None
+    has = lambda name: jax.__version_info__ >= _SINCE.get(name, ())
+    return {name: value for name, value in flags.items() if name not in taken and has(name)} or None

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from llavamed_jax.models.attention import flash
 from llavamed_jax.preflight.hlo import Instruction, Module, width
 
-# Instructions that name values and do no work.
+# Instructions that name values and do no work, and calls that only give memory.
 FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
-                  "replica-id", "add-dependency", "opt-barrier", "domain"})
+                  "replica-id", "add-dependency", "opt-barrier", "domain", "AllocateBuffer"})
 # The number of a result that shares its memory with an operand.
 _UPDATED = re.compile(r"\{(\d+)\}: \(\d+, \{\}")
 _IN_PLACE = ("dynamic-update-slice", "scatter")

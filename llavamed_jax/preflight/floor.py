@@ -141,7 +141,7 @@ class _Reader:
         out, network, ends = Floor(), 0.0, {}
         inside = self.module.named(name)
         for each in inside.values():
-            if each.op in FREE or each.op.endswith("-update"):
+            if each.op in FREE or each.op.endswith("-update") or each.target in FREE:
                 continue
             if each.op.endswith("-done"):
                 self._wait(out, ends.get(each.operands[0] if each.operands else "", 0.0))

@@ -6,7 +6,7 @@ from llavamed_jax.parallel import xla
 
 
 def test_each_platform_has_its_own():
-    assert xla.options("gpu", xla.UPDATE) == {"xla_gpu_memory_limit_slop_factor": 115}
+    assert xla.options("gpu", xla.UPDATE)["xla_gpu_memory_limit_slop_factor"] == 115
     assert set(xla.options("gpu", xla.ENGINE)) == {"xla_gpu_dot_merger_threshold_mb"}
     assert set(xla.options("tpu", xla.UPDATE)) == {"xla_jf_spmd_threshold_for_windowed_einsum_mib"}
     assert xla.options("tpu", xla.ENGINE) is xla.options("cpu", xla.UPDATE) is xla.options("metal", xla.ENGINE) is None
@@ -15,6 +15,15 @@ def test_each_platform_has_its_own():
 @pytest.mark.parametrize("variable", ["XLA_FLAGS", "LIBTPU_INIT_ARGS"])
 def test_a_flag_that_the_user_sets_is_left_to_the_user(monkeypatch, variable):
     monkeypatch.setenv(variable, "--xla_dump_to=/tmp/x --xla_gpu_memory_limit_slop_factor=90")
-    assert xla.options("gpu", xla.UPDATE) is None and xla.options("gpu", xla.ENGINE)
+    rest = set(xla.FLAGS["gpu"][xla.UPDATE]) - {"xla_gpu_memory_limit_slop_factor"}
+    assert set(xla.options("gpu", xla.UPDATE) or {}) == rest and xla.options("gpu", xla.ENGINE)
     monkeypatch.setenv(variable, "--xla_gpu_memory_limit_slop_factor_of_another=90")
-    assert xla.options("gpu", xla.UPDATE)
+    assert set(xla.options("gpu", xla.UPDATE)) == {*rest, "xla_gpu_memory_limit_slop_factor"}
+    monkeypatch.setenv(variable, " ".join(f"--{name}=1" for name in xla.FLAGS["gpu"][xla.UPDATE]))
+    assert xla.options("gpu", xla.UPDATE) is None
+
+
+def test_a_version_of_jax_without_a_flag_is_not_given_it(monkeypatch):
+    monkeypatch.setattr(xla.jax, "__version_info__", (0, 10, 1))
+    assert set(xla.options("gpu", xla.UPDATE)) == set(xla.FLAGS["gpu"][xla.UPDATE]) - set(xla._SINCE)
+    assert not set(xla._SINCE) & set(xla.options("gpu", xla.UPDATE)) and "xla_gpu_memory_limit_slop_factor" in xla.options("gpu", xla.UPDATE)

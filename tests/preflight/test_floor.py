@@ -124,6 +124,7 @@ ENTRY %main (a: bf16[4096,4096], b: bf16[4096,4096], c: bf16[64,1024], i: s32[])
   %e = bf16[4096,4096]{1,0} all-gather-done(%g)
   %k = bf16[2,512,4,128]{3,2,1,0} custom-call(%q, %b), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/self_attn/shard_map/flash_forward/pallas_call"}
   %q = bf16[2,512,4,128]{3,2,1,0} parameter(4)
+  %room = bf16[64,1024]{1,0} custom-call(), custom_call_target="AllocateBuffer", metadata={op_name="jit(f)/decoder/broadcast"}
   ROOT %out = bf16[4096,4096]{1,0} get-tuple-element(%m), index=0
 }
 """
@@ -139,7 +140,8 @@ def test_a_program_for_gpus():
     assert parts["decoder/norm backward"].bytes == pytest.approx(3 * 2 * 1024, abs=20)  # row, update and its negative
     assert parts["network: decoder/embed"].bytes == gather
     assert parts["self_attn/flash_forward"].flops == attention
-    assert found.matmul_flops == product + attention and found.kernels == 4
+    assert found.matmul_flops == product + attention and found.kernels == 4  # memory that is only given is none
+    assert "decoder" not in parts
     hidden = found.matmul_seconds - attention / 1e12  # the product runs while the gather does
     assert hidden == pytest.approx(product / 1e12, rel=0.01)
     assert found.network_seconds == pytest.approx(max(0.0, gather / 1e10 - product / 1e12), rel=0.01)
