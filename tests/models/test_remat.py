@@ -14,6 +14,7 @@ from jax.extend import core
 
 from llavamed_jax.config import DecoderConfig
 from llavamed_jax.models.decoders.llama import Decoder
+from llavamed_jax.models.decoders.qwen import Qwen3Decoder
 from llavamed_jax.parallel.mesh import make_mesh
 
 # Widths that tell one array from another.
@@ -60,6 +61,22 @@ def test_qkvo_keeps_what_attention_takes_and_gives(args):
 def test_minimal_keeps_every_product(args):
     """Attention's and gate's, up's and o's outputs; what the backward pass has no use for is not kept (down's output)."""
     assert widths(kept(args, "minimal")) == INPUT + QKVO + Counter({F: 2, D: 1})
+
+
+@pytest.mark.parametrize("remat", ["qkvo", "minimal"])
+def test_queries_and_keys_are_kept_as_attention_takes_them(args, remat):
+    """Rotated, heads before positions: the backward pass neither rotates nor transposes again."""
+    assert Counter(kept(args, remat))[L, B, K, T, H] == 2 and (L, B, T, N, H) in kept(args, remat)
+    backward = jax.make_jaxpr(jax.vjp(functools.partial(loss, remat, "xla"), *args)[1])(jnp.float32(1))
+    assert str(backward).count("concatenate") == 2, "one rotation back each of queries and keys"
+
+
+def test_norms_of_queries_and_keys_are_given_what_they_took(args):
+    """Their backward pass has no use for what is rotated."""
+    decoder = Qwen3Decoder(CFG, scan=True, remat="qkvo")
+    params = jax.eval_shape(decoder.init, jax.random.key(0), *args[1:3])["params"]
+    pullback = jax.eval_shape(lambda params: jax.vjp(lambda p: decoder.apply({"params": p}, *args[1:])[0], params)[1], params)
+    assert {(L, B, T, N, H), (L, B, T, K, H), (L, B, K, T, H)} <= {x.shape for x in jax.tree.leaves(pullback)}
 
 
 def test_none_keeps_the_scores_too(args):

@@ -30,17 +30,21 @@ from llavamed_jax.parallel.mesh import RULES, constrain, spec_of
 class Attention(nn.Module):
     """Self-attention with rotary positions, grouped queries and an optional cache.
 
-    A subclass that changes queries and keys before they are rotated, as with norms, overrides `query_key`.
+    A subclass that normalises queries and keys before they are rotated overrides `query_key` and `is_normed`.
 
     Attributes:
       cfg: the decoder's shapes.
       dtype: dtype of the computation.
       backend: attention backend (`attention.backend_of`).
+      is_normed: whether queries and keys are normalised. Rematerialisation then saves them as the norms take them, and
+        else as attention takes them, so that the backward pass rotates none again.
     """
 
     cfg: DecoderConfig
     dtype: Any
     backend: str
+
+    is_normed = False
 
     @nn.compact
     def __call__(self, x, rope, mask, cache):  # [B,T,D] -> [B,T,D], cache
@@ -56,10 +60,11 @@ class Attention(nn.Module):
 
         heads = cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads
         products = joined.products(self, "self_attn", x, [n * cfg.head_dim for n in heads])
-        q, k, v = (checkpoint_name(y, name).reshape(B, T, n, cfg.head_dim)
-                   for y, name, n in zip(products, ("query", "key", "value"), heads, strict=True))
+        q, k, v = (y.reshape(B, T, n, cfg.head_dim) for y, n in zip(products, heads, strict=True))
+        if self.is_normed:
+            q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")
         q, k = self.query_key(q, k)
-        context, cache = attend(q, k, v, rope, mask, cache, self.backend)
+        context, cache = attend(q, k, v, rope, mask, cache, self.backend, is_saved=not self.is_normed)
         context = context.reshape(B, T, -1)
         axes, has_bias = cfg.axes("self_attn/o_proj"), cfg.has_bias("self_attn/o_proj")
         return Linear(cfg.hidden_size, axes, has_bias, self.dtype, name="o_proj")(context), cache
@@ -72,7 +77,7 @@ class Attention(nn.Module):
         return q, k
 
 
-def attend(q, k, v, rope, mask, cache, backend: str):
+def attend(q, k, v, rope, mask, cache, backend: str, is_saved: bool = False):
     """Rotates queries and keys, writes keys and values into the cache if there is one, and attends.
 
     Args:
@@ -83,6 +88,7 @@ def attend(q, k, v, rope, mask, cache, backend: str):
       mask: the `AttentionMask`.
       cache: the layer's `LayerCache`, or None.
       backend: attention backend (`attention.backend_of`).
+      is_saved: whether rematerialisation saves queries and keys as attention takes them.
 
     Returns:
       The context [B,T,N,H] and the updated cache.
@@ -93,7 +99,9 @@ def attend(q, k, v, rope, mask, cache, backend: str):
         if cached.is_for(cache, q.shape[-1]):
             return cached.attend(q, k, v, rope, cache, mask.q_positions, mask.window, bool(interpreted))
     q = constrain(apply_rope(q, rope), "act_batch", None, "act_heads", None)
-    k, v = apply_rope(k, rope).swapaxes(1, 2), v.swapaxes(1, 2)  # [B,K,T,H]
+    k, v = apply_rope(k, rope).swapaxes(1, 2), checkpoint_name(v.swapaxes(1, 2), "value")  # [B,K,T,H]
+    if is_saved:
+        q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")
     if cache is None:
         return attention(q, k, v, mask, backend), None
     cache = cache.write(k, v, mask.q_positions[:, 0])
@@ -143,7 +151,7 @@ class Block(nn.Module):
         eps = self.cfg.rms_norm_eps
         h = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
         h, cache = self.attention(self.cfg, self.dtype, self.backend, name="self_attn")(h, rope, mask, cache)
-        x = x + h
+        x = checkpoint_name(x + h, "middle")
         x = x + Mlp(self.cfg, self.dtype, name="mlp")(RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x))
         return constrain(x, "act_batch", None, None), cache
 

@@ -23,6 +23,8 @@ class RMSNorm(layers.RMSNorm):
 class Attention(llama.Attention):
     """LLaMA's attention whose queries and keys are normalised over all heads together, before they are rotated."""
 
+    is_normed = True
+
     def query_key(self, q, k):
         """Normalises queries [B,T,N,H] over N and H, and keys [B,T,K,H] over K and H."""
 

@@ -14,6 +14,8 @@ from llavamed_jax.models.layers import RMSNorm
 class Attention(llama.Attention):
     """LLaMA's attention whose queries and keys are normalised head by head, before they are rotated."""
 
+    is_normed = True
+
     def query_key(self, q, k):
         """Normalises queries [B,T,N,H] and keys [B,T,K,H] over H."""
         eps = self.cfg.rms_norm_eps
