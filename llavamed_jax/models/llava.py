@@ -26,6 +26,7 @@ from llavamed_jax.config import IMAGE_TOKEN, LlavaConfig
 from llavamed_jax.config.tensors import rows
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models import joined, lora, projector
+from llavamed_jax.models.attention.backend import flash_takes
 from llavamed_jax.models.decoders import decoder_module
 from llavamed_jax.models.towers import tower_module
 from llavamed_jax.parallel.mesh import constrain
@@ -50,8 +51,8 @@ class Llava(nn.Module):
       dtype: dtype of the computation; parameters are cast to it at use.
       scan: stacked parameters (`layers`, leading axis L) and scanned layers, for training; else `layers_{i}`.
       remat: `none`, `full`, `qkvo` or `minimal` (models/stacking.py).
-      attention: the decoder's backend (`attention.backend_of`); the tower uses XLA's, and `splash` is for whole rows
-        only.
+      attention: the decoder's backend (`attention.backend_of`); `splash` is for whole rows only. The tower uses XLA's,
+        or `flash` where the decoder does and the tower's heads have a width that it takes.
     """
 
     cfg: LlavaConfig
@@ -63,8 +64,9 @@ class Llava(nn.Module):
     def setup(self):
         """Creates the submodules."""
         cfg = self.cfg
+        tower_attention = self.attention if flash_takes(cfg.vision.head_dim) else "xla"
         self.vision_tower = tower_module(cfg.vision)(cfg.vision, cfg.num_vision_layers_used, self.dtype, self.scan,
-                                                     self.remat)
+                                                     self.remat, tower_attention)
         self.projector = projector.Projector(cfg, self.dtype)
         self.decoder = decoder_module(cfg.decoder)(cfg.decoder, self.dtype, self.scan, self.remat, self.attention)
 

@@ -157,6 +157,10 @@ def test_flash_says_what_it_computes(kernel, products):
     assert flash.flops(kernel, (2, 64, 4, 16), 10.0) == products * 2 * 2 * 64 * 4 * 16 * 10
 
 
+def test_a_towers_attention_says_what_it_computes_whatever_the_decoder_attends_to():
+    assert flash.flops("flash_whole", (2, 64, 4, 16), 10.0) == 2 * 2 * 2 * 64 * 4 * 16 * 64
+
+
 def test_a_kernel_that_works_in_place_reads_what_it_updates_once():
     """And its products are those of its queries, not of the keys and values that come with them."""
     text = """HloModule f, num_partitions=1

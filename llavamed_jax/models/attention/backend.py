@@ -86,7 +86,7 @@ def attention(q, k, v, mask: AttentionMask | None = None, backend: str = "xla", 
       q: [B,T,N,H].
       k: [B,K,S,H], the keys of a head contiguous, as in the cache.
       v: [B,K,S,H].
-      mask: None lets every query attend to every key (for the vision tower; XLA only).
+      mask: None lets every query attend to every key, for the towers; all but `flash` are `xla` then.
       backend: as `backend_of` returns it. `splash` and `flash` are for whole rows: queries and keys have the same
         positions, consecutive within a segment. `xla` follows the mask alone.
       k_scale: float32 [B,K,S,1], by which the keys are multiplied if they are int8 (XLA only); None for other keys.
@@ -95,9 +95,12 @@ def attention(q, k, v, mask: AttentionMask | None = None, backend: str = "xla", 
     Returns:
       [B,T,N,H] in v's dtype, or in q's if v is int8; rematerialisation policies know it as `context`.
     """
-    if backend == "xla":
-        return checkpoint_name(xla_attention(q, k, v, mask, k_scale, v_scale), "context")
     name, _, interpreted = backend.partition("_")
+    if name == "flash" and mask is None:
+        from llavamed_jax.models.attention.whole import whole_attention
+        return checkpoint_name(whole_attention(q, k, v, bool(interpreted)), "context")
+    if name == "xla" or mask is None:
+        return checkpoint_name(xla_attention(q, k, v, mask, k_scale, v_scale), "context")
     if name == "flash":  # imported here, since Pallas takes a second to import
         from llavamed_jax.models.attention.flash import flash_attention as kernel
     else:

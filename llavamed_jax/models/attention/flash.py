@@ -59,18 +59,19 @@ def flash_attention(q, k, v, mask, interpret: bool = False):
 
 
 # Products of a kernel for each query, key and number of a head.
-_PRODUCTS = {"flash_forward": 2, "flash_prefill": 2, "flash_decode": 2, "flash_backward_queries": 3,
+_PRODUCTS = {"flash_forward": 2, "flash_prefill": 2, "flash_decode": 2, "flash_whole": 2, "flash_backward_queries": 3,
              "flash_backward_keys": 4}
 
 
 def flops(kernel: str, queries: tuple[int, ...], attended: float) -> float:
-    """Returns the FLOPs of a kernel of this file or of `cached`; 0 for a kernel of another name.
+    """Returns the FLOPs of a kernel of this file, of `cached` or of `whole`; 0 for a kernel of another name.
 
     Args:
       kernel: its name, such as `flash_forward`.
       queries: (B, T, N, H).
-      attended: keys that a query attends to on average.
+      attended: keys that a query attends to on average; of `flash_whole`, whose queries attend to all, it is not read.
     """
+    attended = queries[1] if kernel == "flash_whole" else attended
     return 2.0 * _PRODUCTS.get(kernel, 0) * math.prod(queries) * attended
 
 

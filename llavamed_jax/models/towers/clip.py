@@ -98,10 +98,12 @@ class Attention(nn.Module):
     Attributes:
       cfg: the tower's shapes.
       dtype: dtype of the computation.
+      backend: attention backend (`attention.backend_of`).
     """
 
     cfg: VisionConfig
     dtype: Any
+    backend: str
 
     @nn.compact
     def __call__(self, x):  # [B,T,D] -> [B,T,D]
@@ -114,7 +116,7 @@ class Attention(nn.Module):
             return checkpoint_name(y, name).reshape(heads)
 
         q, k, v = map(project, ("query", "key", "value"))
-        context = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2)).reshape(x.shape)
+        context = attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), backend=self.backend).reshape(x.shape)
         return Linear(self.cfg.hidden_size, self.cfg.axes("self_attn/out_proj"), dtype=self.dtype,
                       name="out_proj")(context)
 
@@ -144,16 +146,19 @@ class Block(nn.Module):
     Attributes:
       cfg: the tower's shapes.
       dtype: dtype of the computation.
+      backend: attention backend (`attention.backend_of`).
     """
 
     cfg: VisionConfig
     dtype: Any
+    backend: str
 
     @nn.compact
     def __call__(self, x, shared, cache):  # [B,T,D] -> [B,T,D]
         """Maps [B,T,D] to [B,T,D]; `shared` is not used, and `cache` is returned unchanged."""
         eps = self.cfg.layer_norm_eps
-        x = x + Attention(self.cfg, self.dtype, name="self_attn")(LayerNorm(eps, self.dtype, name="layer_norm1")(x))
+        h = LayerNorm(eps, self.dtype, name="layer_norm1")(x)
+        x = x + Attention(self.cfg, self.dtype, self.backend, name="self_attn")(h)
         x = x + Mlp(self.cfg, self.dtype, name="mlp")(LayerNorm(eps, self.dtype, name="layer_norm2")(x))
         return constrain(x, "act_batch", None, None), cache
 
@@ -167,6 +172,7 @@ class VisionTower(nn.Module):
       dtype: dtype of the computation.
       scan: whether layers are stacked and scanned, for training.
       remat: `none`, `full`, `qkvo` or `minimal` (models/stacking.py).
+      attention: attention backend (`attention.backend_of`); all but `flash` are `xla` here.
     """
 
     cfg: VisionConfig
@@ -174,6 +180,7 @@ class VisionTower(nn.Module):
     dtype: Any = jnp.float32
     scan: bool = False
     remat: str = "none"
+    attention: str = "xla"
 
     def setup(self):
         """Creates the submodules."""
@@ -183,7 +190,7 @@ class VisionTower(nn.Module):
 
     def blocks(self):
         """Returns the blocks, scanned or one by one (`layer_stack`)."""
-        return layer_stack(Block, self.num_layers, self.cfg, self.dtype,
+        return layer_stack(Block, self.num_layers, self.cfg, self.dtype, self.attention,
                            scan=self.scan and self.num_layers > 0, remat=self.remat)
 
     def __call__(self, pixels):
