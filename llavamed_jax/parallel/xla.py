@@ -18,8 +18,8 @@ FLAGS: dict[str, dict[str, dict[str, bool | int | str]]] = {
         # fits is judged by its peak, at 95 % of the memory.
         # The stacks of a scan, what its rounds save and the gradients, are not filled with zeros first: each round
         # writes its own slice.
-        # Gradients whose shards have this many bytes or more are summed and scattered by themselves, as soon as they are
-        # there; XLA would wait for the last ones of a layer.
+        # Gradients whose shards have this many bytes or more are summed and scattered by themselves, as soon as they
+        # are there; XLA would wait for the last ones of a layer.
         UPDATE: {"xla_gpu_memory_limit_slop_factor": 115,
                  "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
                  "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**20},
