@@ -131,9 +131,9 @@ MUTANTS = [
            "(jnp.arange(V) >= V - top_k)", ("generation/test_sampling.py",)),
     # evaluation
     Mutant("an empty gold is answered by nothing", "evaluation/scoring/reader.py",
-           "    if not wanted:\n        return False", "    if not wanted:\n        return not clean(text)",
+           "comparable(gold, other) != \"\" for one", "comparable(gold, other) for one",
            ("evaluation/test_reader.py", "evaluation/test_metrics.py")),
-    Mutant("yes and no together are yes", "evaluation/scoring/reader.py",
+    Mutant("yes and no together are yes", "evaluation/scoring/polarity.py",
            "return None if _ANSWERS[other].search(rest) or", "return None if", ("evaluation/test_reader.py",)),
     Mutant("the images' contents are not in the key", "evaluation/answering/asked.py",
            "short_hash(hashes[files[image]], asked[image])", "short_hash(asked[image])",

@@ -6,7 +6,7 @@ import pytest
 
 from llavamed_jax.datasets.sample import VqaSample
 from llavamed_jax.datasets.slake import read_slake
-from llavamed_jax.evaluation.scoring import reader, score
+from llavamed_jax.evaluation.scoring import polarity, reader, score
 from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.evaluation.scoring.strict import is_strictly_right, open_scores, read_choice
 
@@ -27,14 +27,16 @@ FORMS = [
     "**The answer is {}.**", "Response: {}", "A: {}", "ASSISTANT: {}", "✅ {}", "{} ✔️", "**Answer**\n{}",
     "Answer - {}", "Answer – {}", "答案：{}", "答案是{}。",
     "答案：**{}**", "正确答案是“{}”。", "回答：{}。",
-    "{}, there is one.", "**{}**, there is one.", "“{}”, there is one.", "{}—clearly.", "{} – clearly.", "{} - clearly",
+    "{}, it is visible.", "**{}**, it can be seen.", "“{}”, I think.", "{}—clearly.", "{} – clearly.", "{} - clearly",
     "**{}**—clearly.",
-    "{}; it is seen on the image.", "{}. The image shows it.", "{}.\n\nThe finding is visible in the upper part.",
+    "{}; it is seen on the image.", "{}. The image shows it.", "{}.\n\nThe finding is visible in the image.",
     "{} (as seen in the image)",
     "{}, as seen in the image.", "{}, because it is bright.", "{}… it is visible.", "Answer: {}. It is visible.",
     "{}\nExplanation: it is bright.",
-    "{}: this is clearly visible", "{}, based on the image.", "{}, with high confidence.", "{}，有一个。",
+    "{}: this is clearly visible", "{}, based on the image.", "{}, with high confidence.", "{}，图中可见。",
     "{}。图中可以看到。", "{}——很明显。", "答案是{}，因为图中可见。",
+    "\\(\\boxed{{{}}}\\)", "\\[\\boxed{{{}}}\\]", "$$\\boxed{{{}}}$$", "$$\n\\boxed{{\\text{{{}}}}}\n$$", "\\({}\\)", "\\[\n{}\n\\]",
+    "Final answer: \\(\\boxed{{{}}}\\)", "The answer is \\(\\boxed{{\\textbf{{{}}}}}\\).", "\\boxed{{\\({}\\)}}",
 ]  # fmt: skip
 # The same in full-width letters, which a table turns.
 WIDE = {code: chr(code + 0xFEE0) for code in range(0x21, 0x7F)}
@@ -45,6 +47,21 @@ BOTH = ["{0} … {1}", "{0}…{1}", "{0} {1}", "{0}, {1}", "{0}/{1}", "{0} / {1}
         "{0}. {1}.", "{0}; {1}", "{0}\n{1}", "{0} ({1})",
         "{0}, no, {1}", "{0}? {1}!", "{0}, or rather {1}", "{0}, but {1}", "{0}。{1}。", "{0}，{1}", "{0}、{1}",
         "{0}或{1}", "{0}, I mean {1}", "{0}… actually {1}"]  # fmt: skip
+# What begins like a remark and states the other answer.
+STATED = ["{0}. The correct answer is {1}.", "{0}. It is {1}.", "{0}, it could be {1}", "{0}. The patient has {1}.", "{0}, this is {1}",
+          "{0}, there are {1}", "{0}. There is also {1}.", "{0}. This image shows {1}.", "{0}. However, {1} is seen.", "{0}; I think {1}",
+          "{0}, I think it is {1}", "{0}, as seen in the image, it is {1}", "{0} (it may be {1})", "{0}. It's {1}.", "{0}\nExplanation: it is {1}.",
+          "{0}, because the answer is {1}.", "{0}. That was {1}.", "{0}. See {1}.", "{0}. On this image {1} is visible.", "{0}. Clearly {1}.",
+          "{0}, which is {1}", "{0}. The correct one: {1}", "{0}. Although {1} is visible.", "{0}，这是{1}", "{0}。答案应该是{1}", "{0}，图中是{1}",
+          "{0}，可能是{1}", "{0}。有{1}", "{0}. It is seen in the image. It is {1}."]  # fmt: skip
+REFUSALS = ["No image was provided.", "No idea.", "No answer", "No clear answer can be given.", "No information is available",
+            "No further information.", "No one can say.", "no-one", "No, I cannot see any image", "No doubt about it: a fracture is present.",
+            "No question, it is broken.", "No way to tell.", "No pictures are attached", "No CT scan was uploaded.", "No. I don't know.",
+            "No, I'm not sure.", "No - it is impossible to tell", "No, unclear.", "No, please upload the image.", "No, as an AI I do not judge.",
+            "No. The image was not provided.", "No conclusion can be drawn.", "**No image** provided"]  # fmt: skip
+ANSWERED = ["No mass is seen.", "No image findings of a fracture.", "No, I cannot see a fracture.", "No, it is not clear.", "No abnormality can be identified",
+            "No, the mass is difficult to see.", "No. I do not see any signs of a fracture on this CT scan.", "No - one lung is normal",
+            "No, there is no scan abnormality.", "No definite mass."]  # fmt: skip
 
 
 def both(first, second):
@@ -79,11 +96,70 @@ def test_yes_and_no_in_every_form(gold, other):
     ("normal", "no", False), ("None", "no", False), ("yesterday", "yes", False), ("Nope", "no", False),
     ("There is no mass", "no", False),
     ("", "no", False), ("**", "no", False), ("Answer:", "no", False), ("I think yes", "yes", False),
-    ("yes'm", "yes", False), ("no-one", "no", True),
+    ("yes'm", "yes", False), ("no-thing", "no", True),
     ("Yes, not only on the left", "yes", True), ("Yes, not on the left", "yes", False), ("Yes and not only there", "yes", True),
 ])  # fmt: skip
 def test_what_is_read_as_yes_or_no(text, gold, is_right):
     assert is_strictly_right(text, gold) is is_right
+
+
+def test_a_refusal_is_no_answer():
+    """It is unread, counted, and wrong for yes and for no; a "no" about what is seen is an answer."""
+    assert [text for text in ANSWERED if polarity.yes_or_no(text) != "no"] == []
+    texts = [*REFUSALS, *ANSWERED, "Yes? I cannot tell.", "Yes, but I am unable to view the image.", "maybe"]
+    unread = [text for text in texts if text not in ANSWERED]
+    assert [text for text in unread if is_strictly_right(text, "no") or is_strictly_right(text, "yes")] == []
+    samples = [VqaSample(i, "a.jpg", "?", "No", "CLOSED") for i in range(len(texts))] + [VqaSample("s", "a.jpg", "?", "Left", "CLOSED")]
+    said = [{"question_id": sample.question_id, "text": text} for sample, text in zip(samples, [*texts, "Right"], strict=True)]
+    result = score.score(AnswerSet(samples, said))
+    assert result["n_closed_unread"] == len(unread), "a wrong answer to a question about a side is not unread"
+    assert result["paper"]["closed_accuracy_substring"] > 90, "the paper's numbers look for the letters of no"
+
+
+@pytest.mark.parametrize("gold, other", [("left lung", "right lung"), ("CT", "MRI"), ("Pneumonia", "tuberculosis"), ("2", "3"), ("左肺", "右肺")])
+def test_a_second_answer_is_no_remark(gold, other):
+    assert [form for form in STATED if open_scores(form.format(gold, other), gold)[0]] == []
+    assert [form for form in STATED if open_scores(form.format(gold, other), other)[0]] == []
+
+
+YES_ZH, NO_ZH = ["是", "是的", "存在", "包含", "包括", "有", "可以", "对", "对的"], ["不是", "不是的", "不存在", "不包含", "不包括", "没有", "无", "否", "不"]
+
+
+@pytest.mark.parametrize("same, others", [(YES_ZH, NO_ZH), (NO_ZH, YES_ZH)])
+def test_chinese_words_for_yes_are_one_answer(same, others):
+    forms = ("{}", "{}。", "**{}**", "答案是{}。", "{}，右侧有异常。", "{}。右肺较大。", "{}，图中可见。", "{}（如图所示）")
+    for gold in same:
+        assert [form.format(text) for form in forms for text in same if not is_strictly_right(form.format(text), gold)] == []
+        texts = [form.format(text) for form in forms for text in others] + both(gold, others[0]) + both(others[0], gold)
+        texts += [wrong.format(gold) for wrong in WRONG] + [f"{gold}右肺", f"{gold}，我无法确定", f"{gold}吗", f"{gold}，但我不知道", "右肺", ""]
+        assert [text for text in texts if text.replace(" ", "") not in same and is_strictly_right(text, gold)] == []
+    assert not is_strictly_right("是", "都是") and is_strictly_right("都是", "都是") and not is_strictly_right("是", "Yes")
+
+
+@pytest.mark.parametrize("text, gold, is_right", [
+    ("hepatitis", "Hepatitis A", False), ("hepatitis a", "Hepatitis A", True), ("Hepatitis A", "hepatitis a", True), ("group streptococcus", "group A streptococcus", False),
+    ("group a streptococcus", "Group A Streptococcus", True), ("streptococcus, group A", "Streptococcus group A", True), ("protein a deficiency", "Protein A deficiency", True),
+    ("vitamin deficiency", "vitamin a deficiency", False), ("fibers", "A-fibers", False), ("hepatitis virus", "Hepatitis-A virus", False), ("A mass", "mass", True),
+    ("a mass in a lung", "Mass in the lung", True), ("Removal of A Polyp", "removal of a polyp", True), ("A MASS IN A LUNG", "mass in lung", True), ("The left lung.", "left lung", True),
+    ("an", "the", False), ("a a", "a", False), ("the (left) lung", "left lung", True)])  # fmt: skip
+def test_an_a_that_is_a_name_is_no_article(text, gold, is_right):
+    assert open_scores(text, gold)[0] is is_right
+    assert open_scores(gold, text)[0] is is_right
+
+
+def test_an_a_that_is_a_name_parts_options():
+    three = ("Hepatitis A", "Hepatitis B", "Hepatitis")
+    assert read_choice("hemophilia", ("Hemophilia A", "Hemophilia B")) is None
+    assert [read_choice(text, three) for text in ("Hepatitis A", "A. Hepatitis A", "C. Hepatitis", "hepatitis a", "hepatitis")] == [0, 0, 2, 0, 2]
+    assert read_choice("B", ("A:B", "B:A")) == 1 and read_choice("B:A", ("A:B", "B:A")) == 1
+
+
+@pytest.mark.parametrize("instruction, place", [("Answer with the letter of the right option.", 1),
+                                                ("Answer with the option's letter from the given choices directly.", 1), ("Name the letter?\nWhich one?", None)])
+def test_a_letter_is_the_option_if_the_prompt_asks_for_it(instruction, place):
+    sample = VqaSample(1, "a.jpg", f"Which?\nA. B\nB. A\n{instruction}", "A", "CHOICE", options=("B", "A"), right=1)
+    for text in ("B", "**B**", "Answer: B.", "\\(\\boxed{B}\\)"):
+        assert AnswerSet([sample], [{"question_id": 1, "text": text}]).choices == {0: place}
 
 
 @pytest.mark.parametrize("language, count", [("en", 1053), ("zh", 41)])
@@ -102,10 +178,14 @@ def test_slakes_golds_are_right_in_every_form_and_nothing_else_is(shared, langua
             assert open_scores(form.format(gold), gold)[1] == 1
     golds = {kind: sorted({gold.lower() for of, gold in pairs if of == kind}) for kind in kinds}
     for number, (kind, gold) in enumerate(pairs):
-        others = [each for each in golds[kind] if reader.comparable(reader.clean(each)) != reader.comparable(reader.clean(gold))]
+        opposite = {"yes": "no", "no": "yes"}.get(polarity.of_gold(gold) if kind == "CLOSED" else "")
+        others = [each for each in golds[kind] if opposite in (None, polarity.of_gold(each))]
+        others = [each for each in others if reader.comparable(reader.clean(each)) != reader.comparable(reader.clean(gold))]
         chosen = [others[(7 * number + i) % len(others)] for i in range(3)]
         chosen = [{"yes": "no", "no": "yes"}[gold.lower()]] if gold.lower() in ("yes", "no") else chosen
         texts = [*chosen, *(wrong.format(gold) for wrong in WRONG), *both(gold, chosen[0]), *both(chosen[0], gold)]
+        stated = [] if kind == "CLOSED" and polarity.of_gold(gold) else [each for each in STATED if "Explanation" not in each]
+        assert [each for each in stated if kinds[kind](each.format(gold, chosen[0]), gold)] == [], (gold, chosen[0])
         if gold.lower() not in ("yes", "no"):
             texts += [f"No, {gold}", f"No, it is not {gold}", f"Yes, {gold}"]
         for text in texts:
@@ -130,7 +210,7 @@ def test_the_score_of_slake_is_100_and_0(shared):
 def test_choices_are_read_in_every_form_without_a_remark():
     options = ("liver", "left lung", "T2*", "heart")
     forms = [form for form in FORMS if not any(word in form for word in ("there", "clearly", "image", "visible",
-                                                                         "bright", "confidence"))]
+                                                                         "bright", "confidence", "seen", "think"))]
     forms = [form for form in forms if not any(word in form for word in ("有", "很", "图", "A: ", "ASS"))]
     assert len(forms) > 60
     for form in forms:
@@ -152,8 +232,10 @@ def test_choices_are_read_in_every_form_without_a_remark():
     ("X‑ray", "X-Ray", True), ("x ray", "X-Ray", True), ("X–Ray", "X-Ray", True), ("T2*", "T2", False),
     ("T2", "T2*", False), ("3.5 cm", "3", False),
     ("3.", "3", True), ("three", "3", True), ("Lung, Heart", "Lung", False),
-    ("Lung, which is the biggest", "Lung", True),
-    ("Lung. Heart is next to it.", "Lung", True), ("Lung. Not the heart.", "Lung", False),
+    ("Lung, which is the biggest", "Lung", False), ("Lung, which is seen on the CT scan", "Lung", True),
+    ("CT, as seen on the MRI", "CT", False), ("CT, as seen in the image", "CT", True),
+    ("Lung. Heart is next to it.", "Lung", False), ("Lung, because air is seen. The answer is the heart.", "Lung", False),
+    ("Lung, because " + "it is dark " * 200, "Lung", False), ("Lung. Not the heart.", "Lung", False),
     ("Lung, as well as the heart", "Lung", False),
     ("Lung; it is not the heart but it", "Lung", False), ("the left lung", "left lung", True),
     ("Left", "left lung", False),
@@ -161,7 +243,8 @@ def test_choices_are_read_in_every_form_without_a_remark():
     ("是不是", "是", False), ("是的", "是", False),
     ("~~liver~~ lung", "lung", True), ("~~lung~~", "lung", False), ("~~lung~~ liver", "lung", False),
     ("~5 mm", "5 mm", False), ("<think>liver?</think> Lung", "lung", True), ("The liver?\n</think>\nLung", "lung", True),
-    ("Lung. That is wrong.", "Lung", False), ("Lung, which is incorrect", "Lung", False), ("Lung. This is right.", "Lung", True),
+    ("Lung. That is wrong.", "Lung", False), ("Lung, which is incorrect", "Lung", False), ("Lung. This is correct.", "Lung", True),
+    ("Left. This is right.", "Left", False),
     ("no evidence of it, " * 60 + "none", "no evidence of it, " * 60 + "none", True),
     ("left lung and heart " * 30 + "too, which is seen", "left lung and heart " * 30 + "too", True),
 ])  # fmt: skip

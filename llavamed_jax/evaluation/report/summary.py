@@ -94,6 +94,9 @@ def _notes(metrics: Mapping) -> Iterator[str]:
     if control:
         yield controls.reading(control["difference"], "another image")
         yield controls.reading(control["noise"]["difference"], "noise")
+    if metrics.get("n_closed_unread"):
+        yield (f"{metrics['n_closed_unread']} of {metrics['n_closed']} closed answers say neither yes nor no, or both, "
+               "and count as wrong")
     if metrics.get("n_choice_unread"):
         yield (f"{metrics['n_choice_unread']} of {metrics['n_choice']} multiple-choice answers name no option or "
                "several options and count as wrong")

@@ -19,7 +19,7 @@ from llavamed_jax.evaluation.scoring import captions, registry, sacre, statistic
 from llavamed_jax.evaluation.scoring.metric import Answered
 from llavamed_jax.evaluation.scoring.predictions import check_asked, join, read_predictions
 from llavamed_jax.evaluation.scoring.statistics import Resampled, Score
-from llavamed_jax.evaluation.scoring.strict import read_choice
+from llavamed_jax.evaluation.scoring.strict import asks_letter, read_choice
 from llavamed_jax.utils.files import read_bytes
 from llavamed_jax.utils.hashes import sha256
 
@@ -109,7 +109,7 @@ class AnswerSet:
     @functools.cached_property
     def choices(self) -> dict[int, int | None]:
         """Index of each multiple-choice question -> index of the option that the answer names; None if unread."""
-        return {i: read_choice(self.texts[i], self.samples[i].options)
+        return {i: read_choice(self.texts[i], self.samples[i].options, asks_letter(self.samples[i].question))
                 for i, kind in enumerate(self.kinds) if kind == CHOICE}
 
     @functools.cached_property

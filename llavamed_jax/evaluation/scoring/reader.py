@@ -2,8 +2,9 @@
 
 People and served models write a right answer as "**Yes**", "“Yes”", "Yes…", "Answer: Yes", "Yes—clearly.", "是。".
 `clean` removes formatting, `readings` also removes a lead such as "Answer:", and `without_remark` removes a remark
-after the answer. The rest is compared as in the VQA evaluation (`metrics.normalize_word`), but with the signs that
-carry meaning (`signs`). Nothing is guessed: any text in an unknown form stays unchanged.
+after the answer (`remarks`). The rest is compared as in the VQA evaluation (`metrics.normalize_word`), but with the
+signs that carry meaning (`signs`), and with an "A" that is a name (`articles`). Nothing is guessed: any text in an
+unknown form stays unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import unicodedata
 from collections.abc import Iterator
 
 from llavamed_jax.evaluation import metrics
-from llavamed_jax.evaluation.scoring import signs
+from llavamed_jax.evaluation.scoring import articles, remarks, signs
 
 _SPAN = 400  # characters between two marks of emphasis: keeps the search linear in the length of an answer
 _MOST_TEXTS = 2**16  # kept forms: gold answers recur in every control, and short answers in many questions
@@ -36,7 +37,9 @@ _EMPHASIS = re.compile(rf"(?<![A-Za-z0-9*_~])(\*{{1,3}}|_{{1,3}})(?=\S)([^\n]{{1
 _NOT_SAID = re.compile(rf"~~(?=\S)[^\n~]{{1,{_SPAN}}}(?<=\S)~~|<(del|strike)>[^<]{{0,{_SPAN}}}</\1>"
                        rf"|\A.*</think(?:ing)?>", re.I | re.S)
 _TAG = re.compile(r"</?(?:answer|b|i|u|p|em|strong|code|mark|span|final_answer)\s*/?>|<br\s*/?>", re.I)
-_LATEX = re.compile(rf"\\(?:boxed|fbox|text(?:bf|it|rm)?|mathrm|mathbf)\{{([^{{}}]{{0,{_SPAN}}})\}}")
+_MATH = re.compile(rf"\\\(([^\n]{{0,{_SPAN}}}?)\\\)|\\\[(.{{0,{_SPAN}}}?)\\\]|\$\$(.{{0,{_SPAN}}}?)\$\$", re.S)
+_LATEX = re.compile(r"\\(?:boxed|fbox|text(?:bf|it|rm|sf|tt|up)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bm)"
+                    rf"\{{([^{{}}]{{0,{_SPAN}}})\}}")
 _QUOTE_MARKS = re.compile(rf"[{_QUOTES}]|(?<![A-Za-z0-9])'|'(?![A-Za-z0-9])")
 _PICTOGRAM = re.compile("[\U0001f000-\U0001faff\u2600-\u27bf\ufe0f]+")
 _BULLET = re.compile(r"(?:[-*+•·>#]+\s+)+")
@@ -58,29 +61,6 @@ _LEAD_ZH = re.compile(r"(?:所以|因此|综上)?,?(?:最终|正确|我)?的?(?:
 _LEAD_QA = re.compile(r"(?:a|assistant|model)\s*:\s*", re.I)
 
 _BREAK = re.compile(r"\s*(?:[,;:!?\n(]|\.(?!\d)|-)[\s,;:!?.\-(]*")
-_PICTURE = (r"(?:images?|pictures?|scans?|figures?|films?|photos?|slices?|views?|radiographs?|x-?rays?|cts?|mris?|case|"
-            r"study|question)")
-_REMARK = re.compile(
-    rf"(?:there|it|it's|this|that|these|those|as(?!\s+well)|because|since|which|clearly|definitely|certainly|"
-    rf"obviously|evidently|indeed|i\s+(?:see|think|believe)|(?:we|you|one)\s+(?:can\s+)?see|see\b|seen|shown|visible|"
-    rf"explanation|reason|rationale|note|(?:in|on|from|by|according\s+to|based\s+on|judging\s+(?:by|from)|given|"
-    rf"due\s+to)\s+(?:the|this|these|what)\s+{_PICTURE}|"
-    rf"(?:the|this)\s+{_PICTURE}|with\s+(?:high|full|great)?\s*(?:confidence|certainty))\b"
-    r"|(?:有|因|由于|这|那|图|影像|可以|可见|很|非常|显|明显|从|该|此|确|当然|其|见|如|根据|说明|理由|解释)",
-    re.I)  # fmt: skip
-_VERB = r"(?:is|are|was|were|has|have|shows?|appears?|seems?|looks?|indicates?|suggests?|can)"
-_SENTENCE = re.compile(r"(?!(?:and|or|but|not|no|nor|also|rather|instead|yes)\b)(?=(?:\S+\s+){2})"
-                       rf"[^,;:.!?\n(]*\b{_VERB}\b", re.I)  # at least three words
-_SAYS_ELSE = re.compile(r"\b(?:also|but|rather|instead|actually|or|not|wrong|incorrect)\b|[不但或而]", re.I)
-
-# "no" is not an answer if it belongs to the next word ("no mass"); at the end or before a clause it is an answer.
-_CLAUSE = r"(?:there|it|this|that|the|i|we|you|they|he|she|not|and|or|but|is|sorry|wait)"
-_ANSWERS = {"yes": re.compile(r"\byes\b", re.I), "no": re.compile(rf"\bno\b(?![^\S\n]+(?!{_CLAUSE}\b)[a-z])", re.I)}
-_YES_NO = re.compile(r"\W*(yes|no)\b(?!'\w)", re.I)
-# "Yes, not …" says both; "no, not …" says no, except "no, not no".
-_TAKEN_BACK = {word: re.compile(rf"\s+(?:is|isn't|was|wasn't|would|cannot|can't)\b|\W*(?:and/or|or|{but})\b(?!\s+only)",
-                                re.I)
-               for word, but in (("yes", "not"), ("no", r"not\W+no"))}
 
 
 def clean(text: object) -> str:
@@ -92,6 +72,7 @@ def clean(text: object) -> str:
     text = unicodedata.normalize("NFC", str(text)).translate(_WIDTHS)
     text = signs.kept(_TAG.sub(" ", _NOT_SAID.sub(" ", text))).translate(_SAME)
     text = _PICTOGRAM.sub(" ", text) if _PICTOGRAM.sub("", text).strip() else text
+    text = _MATH.sub(lambda match: f" {match[1] or match[2] or match[3] or ''} ", text)
     for pattern, group in ((_LATEX, 1), (_EMPHASIS, 2), (_LATEX, 1), (_EMPHASIS, 2)):  # twice: they may be nested
         text = pattern.sub(lambda match, group=group: match[group], text)
     lines = (" ".join(line.split()) for line in _QUOTE_MARKS.sub("", text).splitlines())
@@ -127,16 +108,29 @@ def _is_bracketed(text: str) -> bool:
 
 
 @functools.lru_cache(_MOST_TEXTS)
-def comparable(text: str) -> str:
+def comparable(text: str, keeps_a: bool = False) -> str:
     """Returns the form of a clean text that is compared: lower-cased and normalised as in the VQA evaluation.
 
-    If nothing remains after normalisation ("A", "the", "+"), the result is the words of the text, or else the text
-    itself. So such a text equals only itself. Signs that carry meaning stay ("<5 cm", "T2+"). Blanks beside Chinese
-    characters are removed ("左 肺" is "左肺").
+    If nothing remains after normalisation ("+"), the result is the words of the text, or else the text itself. So such
+    a text equals only itself. Signs that carry meaning stay ("<5 cm", "T2+"), and so do "a", "an" and "the" that are no
+    articles ("hepatitis A"). Blanks beside Chinese characters are removed ("左 肺" is "左肺").
+
+    Args:
+      text: a clean text, with its capitals.
+      keeps_a: whether no "a" counts as an article.
     """
-    lowered = text.lower()
+    lowered = articles.marked(text, keeps_a).lower()
     found = metrics.normalize_word(lowered) or " ".join(re.findall(r"\w+", lowered)) or lowered.strip()
-    return signs.written(_BESIDE_CHARACTERS.sub("", found))
+    return articles.written(signs.written(_BESIDE_CHARACTERS.sub("", found)))
+
+
+def is_same(text: str, gold: str) -> bool:
+    """Returns whether two clean texts are equal in a form that is compared, and not empty.
+
+    A small "a" may be an article or a letter: "protein a deficiency" equals "Protein A deficiency".
+    """
+    ways = (False, True) if articles.has_a(text) or articles.has_a(gold) else (False,)
+    return any(comparable(text, one) == comparable(gold, other) != "" for one in ways for other in ways)
 
 
 def words(text: str) -> list[str]:
@@ -171,12 +165,10 @@ def says(text: object, answer: object) -> bool:
 
     An empty text gives no answer, and no text gives an empty answer.
     """
-    wanted = plain(answer)
-    if not wanted:
-        return False
+    wanted = clean(answer)
     found = readings(text)
-    return any(comparable(each) == wanted for each in found) or any(
-        comparable(head) == wanted for head in without_remark(found[-1], 4 * len(str(answer)) + _SPAN))
+    return any(is_same(each, wanted) for each in found) or any(
+        is_same(head, wanted) for head in without_remark(found[-1], 4 * len(str(answer)) + _SPAN))
 
 
 def without_remark(text: str, longest: int) -> Iterator[str]:
@@ -187,19 +179,6 @@ def without_remark(text: str, longest: int) -> Iterator[str]:
       longest: longest answer, in characters.
     """
     for match in _BREAK.finditer(text, 0, longest):
-        rest = text[match.end():match.end() + 4 * _SPAN].strip()
-        is_new_sentence = any(mark in match[0] for mark in ".!\n;-(")
-        is_remark = _REMARK.match(rest) or is_new_sentence and _SENTENCE.match(rest)
-        if is_remark and not _SAYS_ELSE.search(rest):
-            yield text[:match.start()].strip()
-
-
-def yes_or_no(text: object) -> str | None:
-    """Returns `yes` or `no` if a text begins with it and does not say the other one too; else None."""
-    text = readings(text)[-1]
-    first = _YES_NO.match(text)
-    if first is None:
-        return None
-    word, rest = first[1].lower(), text[first.end():]
-    other = "no" if word == "yes" else "yes"
-    return None if _ANSWERS[other].search(rest) or _TAKEN_BACK[word].match(rest) else word
+        answer = text[:match.start()].strip()
+        if remarks.is_remark(answer, text[match.end():].strip()):
+            yield answer

@@ -18,7 +18,7 @@ from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.evaluation.scoring.leakage import leakage
 from llavamed_jax.evaluation.scoring.reader import plain
 from llavamed_jax.evaluation.scoring.statistics import Score
-from llavamed_jax.evaluation.scoring.strict import is_strictly_right, right_choice
+from llavamed_jax.evaluation.scoring.strict import is_strictly_right, is_unread, right_choice
 
 GROUPS = ("question_type", "organ", "modality")
 
@@ -111,8 +111,9 @@ def score(answers: AnswerSet, *, dataset: str = "", split: str = "", seed: int =
 
     Returns:
       The object of `metrics.json`: `dataset split unit n_open n_closed n_choice n_caption n_images seed paper strict
-      baselines groups leakage`; with multiple choice `n_choice_unread`, with captions `captions`. Scores are in
-      percent, and None if there is no item or no candidate.
+      baselines groups leakage`; with closed questions `n_closed_unread` (answers to yes/no questions that say neither),
+      with multiple choice `n_choice_unread`, with captions `captions`. Scores are in percent, and None if there is no
+      item or no candidate.
 
     Raises:
       UserError: an answer type is unknown, or the options of a question do not contain its answer.
@@ -120,6 +121,9 @@ def score(answers: AnswerSet, *, dataset: str = "", split: str = "", seed: int =
     samples, training = answers.samples, answers.training
     families, sizes = tables(answers, seed), counts(samples)
     result = {"dataset": dataset, "split": split, "unit": "percent", **sizes, "seed": seed}
+    if sizes["n_closed"]:
+        result["n_closed_unread"] = sum(is_unread(text, str(sample.answer)) for sample, text, kind
+                                        in zip(samples, answers.texts, answers.kinds, strict=True) if kind == CLOSED)
     if sizes["n_choice"]:
         result["n_choice_unread"] = sum(place is None for place in answers.choices.values())
     return result | families | {

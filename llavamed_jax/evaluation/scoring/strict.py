@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from llavamed_jax.datasets.sample import CHOICE, CLOSED, LETTERS, OPEN, VqaSample
 from llavamed_jax.errors import UserError
-from llavamed_jax.evaluation.scoring import reader
+from llavamed_jax.evaluation.scoring import polarity, reader
 from llavamed_jax.evaluation.scoring.metric import Answered, Metric
 
 _LETTER = re.compile(r"([a-z])\)?|\(([a-z])\)|\[([a-z])\]", re.I)
@@ -22,10 +22,16 @@ _LETTER_AND_TEXT = re.compile(r"(?:([a-z])(?:[.,:;)]|\s+-|(?=\s+\())|\(([a-z])\)
 def is_strictly_right(prediction: str, answer: str) -> bool:
     """Returns whether a closed answer is right: it is the gold, or begins with the right yes or no and not the other.
 
-    An empty prediction is wrong, and so is any prediction for an empty gold.
+    A Chinese gold such as "包含" means yes, so any Chinese word for yes is right. An empty prediction is wrong, and so
+    is any prediction for an empty gold.
     """
-    gold = reader.plain(answer)
-    return reader.yes_or_no(prediction) == gold if gold in ("yes", "no") else reader.says(prediction, answer)
+    gold = polarity.of_gold(answer)
+    return polarity.said(prediction, answer) == gold if gold else reader.says(prediction, answer)
+
+
+def is_unread(prediction: str, answer: str) -> bool:
+    """Returns whether the gold of a closed answer is yes or no, and the answer says neither, or both."""
+    return polarity.of_gold(answer) is not None and polarity.said(prediction, answer) is None
 
 
 def open_scores(prediction: str, answer: str) -> tuple[bool, float]:
@@ -42,10 +48,25 @@ def open_scores(prediction: str, answer: str) -> tuple[bool, float]:
     return False, 2 * (predicted & gold).total() / max(1, predicted.total() + gold.total())
 
 
-def read_choice(text: str, options: Sequence[str]) -> int | None:
-    """Returns the index of the option that an answer names; None if it names none or is ambiguous."""
+def read_choice(text: str, options: Sequence[str], asks_letter: bool = False) -> int | None:
+    """Returns the index of the option that an answer names; None if it names none or is ambiguous.
+
+    Args:
+      text: the answer.
+      options: the texts of the options.
+      asks_letter: whether the prompt asks for a letter. Then "B" is the second option, even if another option's text is
+        "B".
+    """
+    letters = (_LETTER.fullmatch(reader.readings(text, has_letters=True)[-1]) if asks_letter else None)
+    if letters and (named := _named(letters.groups(), options)):
+        return named.pop()
     found = set().union(*(_named_by(each, options) for each in reader.readings(text, has_letters=True)))
     return found.pop() if len(found) == 1 else None
+
+
+def asks_letter(question: str) -> bool:
+    """Returns whether the last line of a prompt, which says how to answer, asks for a letter."""
+    return "letter" in question.rstrip().rsplit("\n", 1)[-1].lower()
 
 
 def _named_by(text: str, options: Sequence[str]) -> set[int]:
@@ -66,7 +87,7 @@ def _named(letters: Sequence[str | None], options: Sequence[str]) -> set[int]:
 
 
 def _is_same(text: str, option: str) -> bool:
-    return reader.plain(text) == reader.plain(option) != ""
+    return reader.is_same(reader.clean(text), reader.clean(option))
 
 
 def right_choice(sample: VqaSample) -> int:
