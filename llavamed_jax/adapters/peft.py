@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llavamed_jax.adapters import peft_config, tables
+from llavamed_jax.adapters import peft_config, tables, tied
 from llavamed_jax.adapters.peft_config import PeftConfig
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
@@ -33,6 +33,7 @@ START = "base_model.model."
 # Behind a module's name: the adapter's own name ("default") stands in state dicts that PEFT did not strip.
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.[\w-]+)?\.weight")
 _SAVED = re.compile(r"(.+?)\.modules_to_save(?:\.[\w-]+)?\.(weight|bias)")
+_BASES = ".original_module."  # the base's own tensor, which PEFT keeps beside one of `modules_to_save`
 
 
 class Adapter(NamedTuple):
@@ -90,16 +91,18 @@ def read(directory: Path, checkpoint: Checkpoint) -> Adapter:
                             "linear layers, and embeddings in modules_to_save, were expected")
         if found := _FACTOR.fullmatch(name):
             factors.setdefault(found[1], {})[found[2]] = tensor
-        else:
+        elif _BASES not in name:
             saved = _SAVED.fullmatch(name)
             whole[f"{saved[1]}.{saved[2]}" if saved else name.replace(".base_layer.", ".")] = tensor
     if not factors:
         raise UserError(f"{file} holds no tensors named …lora_A.weight; the factors of LoRA were expected")
     check_rows = functools.partial(tables.check_rows, checkpoint=checkpoint, adapter=directory)
+    whole = tied.without_head(file, whole, canonical, checkpoint, is_pefts=True)
     tensors = _whole(file, specs, canonical, whole, check_rows)
     if (directory / ADAPTER_OTHERS).is_file():
         others = directory / ADAPTER_OTHERS
-        tensors |= _whole(others, specs, canonical, _stripped(read_file(others)), check_rows)
+        whole = tied.without_head(others, _stripped(read_file(others)), canonical, checkpoint, is_pefts=False)
+        tensors |= _whole(others, specs, canonical, whole, check_rows)
     tensors = {name: tables.fitted(name, tensor, checkpoint.tensors[name]) if name in checkpoint.tensors else tensor
                for name, tensor in tensors.items()}
     unknown = sorted(module for module in factors if module not in modules)

@@ -26,7 +26,7 @@ from llavamed_jax.utils.files import write_json
 _TRANSFORMERS_5 = {"language_model.model.": "model.language_model.",
                    "vision_tower.vision_model.": "model.vision_tower.", "vision_tower.": "model.vision_tower.",
                    "multi_modal_projector.": "model.multi_modal_projector.", "language_model.lm_head.": "lm_head."}
-_PROJECTOR = "model.multi_modal_projector."
+_PROJECTOR, _HEAD = "model.multi_modal_projector.", "lm_head.weight"
 
 
 def write(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers", base: str | None = None) -> list[str]:
@@ -65,10 +65,14 @@ def write(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers",
         for leaf, letter in ((FACTOR_A, "A"), (FACTOR_B, "B")):
             factors[f"{peft.START}{torch}.lora_{letter}.weight"] = peft.turned(checkpoint.tensors[module + leaf])
     changed = {spelled[name] for name in checkpoint.changed if name in spelled}
+    is_tied = (layout == "transformers" and checkpoint.config.decoder.tie_word_embeddings
+               and tables.TABLE in checkpoint.changed)
+    changed |= {_HEAD} if is_tied else set()  # with the table alone, the base's would stay PEFT's head (`tied`)
     parts = _modules_to_save(changed, torch_modules.values()) if layout == "transformers" else []
     # PEFT reads every tensor of a module that it saves, those that did not change too.
     whole = {torch: to_torch(name, checkpoint.tensors[name]) for name, torch in sorted(spelled.items())
              if torch in changed or any(torch.startswith(f"{part}.") for part in parts)}
+    whole |= {_HEAD: whole[spelled[tables.TABLE]]} if is_tied else {}
     tensors = factors | ({peft.START + name: tensor for name, tensor in whole.items()} if parts else {})
     others = {f"base_model.model.{name}": tensor for name, tensor in whole.items()} if layout == "llava" else {}
     with new_directory(out, total_bytes(tensors | others), checkpoint.sources) as folder:
@@ -77,7 +81,8 @@ def write(checkpoint: Checkpoint, out: str | Path, layout: str = "transformers",
         if layout == "llava":  # LLaVA's builder reads both, the latter also if it holds nothing
             write_json(folder / "config.json", llava_to_hf(checkpoint.config.replace(adapter=None), layout))
             write_bin(folder / ADAPTER_OTHERS, others)
-        write_json(folder / ADAPTER_CONFIG, _config(adapter, torch_modules, parts, _base(checkpoint, base)))
+        write_json(folder / ADAPTER_CONFIG, _config(adapter, torch_modules, parts, _base(checkpoint, base))
+                   | ({"ensure_weight_tying": True} if is_tied else {}))
     return [*tensors, *others]
 
 

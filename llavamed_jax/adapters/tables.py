@@ -17,8 +17,8 @@ from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.errors import UserError
 from llavamed_jax.text.tokenizer import TOKENIZERS, Tokenizer
 
-HEAD = "decoder/lm_head"
-AXES = {"decoder/embed_tokens/embedding": 0, f"{HEAD}/kernel": 1}  # of the vocabulary
+TABLE, HEAD = "decoder/embed_tokens/embedding", "decoder/lm_head"
+AXES = {TABLE: 0, f"{HEAD}/kernel": 1}  # of the vocabulary
 _FILLED = 128  # no export fills a table up with so many rows
 
 

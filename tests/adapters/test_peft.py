@@ -42,8 +42,8 @@ KINDS = {
 class Case:
     """A base as transformers saves it, PEFT's model over it with random factors, and the adapter's directory."""
 
-    def __init__(self, root, **settings):
-        model, self.config = hf.llava("mistral")
+    def __init__(self, root, text=None, save_embedding_layers=False, **settings):
+        model, self.config = hf.llava("mistral", text=text)
         self.base, self.adapter = root / "base", root / "adapter"
         model.save_pretrained(self.base)
         settings = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.1, **settings}
@@ -55,7 +55,7 @@ class Case:
                     p.copy_(hf.torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5)
                 elif "modules_to_save" in name:
                     p.add_(0.1 * hf.torch.randn(p.shape, generator=generator))
-        self.model.save_pretrained(self.adapter, save_embedding_layers=False)
+        self.model.save_pretrained(self.adapter, save_embedding_layers=save_embedding_layers)
 
     def inputs(self):
         ids = np.random.default_rng(0).integers(3, 90, (2, 26))
