@@ -95,5 +95,5 @@ def merged(checkpoint: Checkpoint, dtype=None) -> Checkpoint:
 def _sum(kernel: Tensor, a: Tensor, b: Tensor, scale: np.float32, dtype: np.dtype) -> Tensor:
     def load() -> np.ndarray:
         change = scale * (a.load().astype(np.float32) @ b.load().astype(np.float32))
-        return (kernel.load().astype(np.float32) + change).astype(dtype)
+        return (kernel.widened().load().astype(np.float32) + change).astype(dtype)
     return Tensor(kernel.shape, dtype, load)

@@ -77,14 +77,21 @@ class Checkpoint:
         return dataclasses.replace(self, **changes)
 
     def cast(self, dtype) -> "Checkpoint":
-        """Returns the checkpoint with every tensor read as `dtype`; None keeps each tensor's own dtype."""
+        """Returns the checkpoint with every tensor read as `dtype`; None keeps each tensor's own dtype.
+
+        A kernel of few bits is rounded once, from its exact values.
+        """
         if dtype is None:
             return self
         dtype = np.dtype(dtype)
         return self.replace(tensors={
             name: Tensor(t.shape, dtype, lambda name=name, load=t.load: self.tally.cast(name, load(), dtype),
                          t.few_bits)
-            for name, t in self.tensors.items()})
+            for name, t in self.widened().tensors.items()})
+
+    def widened(self) -> "Checkpoint":
+        """Returns the checkpoint with kernels of few bits read as float32, their exact values."""
+        return self.replace(tensors={name: tensor.widened() for name, tensor in self.tensors.items()})
 
     def doubt(self) -> str | None:
         """Says why these tensors are not a model's, as far as a few small ones show; None if they may be."""

@@ -39,3 +39,9 @@ class Tensor:
     dtype: np.dtype
     load: Callable[[], np.ndarray]
     few_bits: FewBits | None = None
+
+    def widened(self) -> "Tensor":
+        """Returns a kernel of few bits as float32, its exact values, which `dtype` may round; others as they are."""
+        if self.few_bits is None:
+            return self
+        return Tensor(self.shape, np.dtype(np.float32), lambda: self.few_bits.load().widened(np.float32), self.few_bits)

@@ -26,6 +26,7 @@ _OF_TOKENIZERS = ("tokenizer", "added_", "special_")
 def open_start(cfg: ConfigDict) -> Checkpoint:
     """Opens the checkpoint that `init` names, with the recipe's tokenizer and template, and fresh factors for `lora`.
 
+    Kernels that its files have in few bits are widened to float32, and rounded once, to the dtype of the computation.
     A preset takes its vocabulary from the tokenizer. The run writes the template into its config, so that the model is
     asked as it was trained, except for `plain` and v1.0's `v0`, which serve for training only.
 
@@ -56,7 +57,7 @@ def open_start(cfg: ConfigDict) -> Checkpoint:
                 if not parts[key].is_dir():
                     raise UserError("the directory does not exist; a checkpoint's directory, owner/name of a hub"
                                     + (" or preset:NAME was expected" if key == "init" else " was expected"))
-        checkpoint = open_checkpoint(parts["init"], parts.get("vision_tower"))
+        checkpoint = open_checkpoint(parts["init"], parts.get("vision_tower")).widened()
     if cfg.tokenizer is not None:
         kept = {name: file for name, file in checkpoint.files.items() if not name.startswith(_OF_TOKENIZERS)}
         checkpoint = checkpoint.replace(files={**kept, **_tokenizer_files(Path(cfg.tokenizer))})

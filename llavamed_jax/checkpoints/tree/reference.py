@@ -62,6 +62,8 @@ def write(root: Path, checkpoint: Checkpoint, vision_tower: str | Path | None) -
 def read(root: Path, of_tree: Callable[[Path], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Returns the tensors of a run's base by canonical name, once its files have the sha256 of `base.json`.
 
+    Kernels of few bits are read as float32, as the run began with them.
+
     Args:
       root: the run's directory.
       of_tree: reads the base of a directory that is a tree of this project.
@@ -88,7 +90,7 @@ def read(root: Path, of_tree: Callable[[Path], Mapping[str, Tensor]]) -> dict[st
     if differing:
         raise UserError(f"{directory}, the base of the run in {root}, has changed since the run was started: "
                         f"{some(differing)}; the same files as then were expected")
-    return {name: tensor for name, tensor in tensors.items() if not is_factor(name)}
+    return {name: tensor.widened() for name, tensor in tensors.items() if not is_factor(name)}
 
 
 def path(root: Path) -> str | None:
