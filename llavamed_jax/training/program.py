@@ -29,7 +29,7 @@ from llavamed_jax.parallel.mesh import auto_sizes, device_memory, make_mesh
 from llavamed_jax.processor import Processor
 from llavamed_jax.quantized.kernels import Kernel
 from llavamed_jax.quantized.rounding import with_shapes
-from llavamed_jax.training import fp8, layers, void_keys
+from llavamed_jax.training import factors, fp8, layers, void_keys
 from llavamed_jax.training import optimizer as optimizers
 from llavamed_jax.training import state as states
 from llavamed_jax.training.state import TrainState
@@ -77,7 +77,8 @@ class Program:
           total_steps: updates of the run.
 
         Raises:
-          UsageError: `trainable` or `optimizer.overrides` match no parameter, or name tokens that the model lacks.
+          UsageError: `trainable` or `optimizer.overrides` match no parameter, or name tokens that the model lacks;
+            kernels are trained beside their factors, or fresh factors are not trained.
         """
         return cls.of(cfg, checkpoint.config, mesh, total_steps, *_settled(cfg, checkpoint))
 
@@ -106,6 +107,7 @@ class Program:
             raise UsageError(f"the config key 'quantize' is {cfg.quantize!r}, and 'trainable' names {rounded}, which "
                              "is rounded and cannot be trained; factors beside it (lora.rank) were expected")
         sizes, partly = layers.depths(trained), _partly_trained(trainable, trained)
+        factors.check(abstract, trained, partly, are_fresh=cfg.lora.rank > 0)
         optimizer, schedule = optimizers.build(cfg.optimizer, total_steps, list(trained),
                                                [states.TABLE] if rows else [], sizes, partly)
         shardings = states.state_shardings(config, abstract, trainable, optimizer, mesh)

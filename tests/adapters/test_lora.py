@@ -413,6 +413,45 @@ def test_a_run_from_an_adapter_or_with_bad_targets_is_refused(run, tmp_path):
         abstract_params(config_with(CFG, adapter("decoder/layers_0/.*")), scan=True)
 
 
+@pytest.mark.parametrize("recipe, keys, sentence", [
+    ("vqa_rad", ["lora.rank=4"], r"'trainable' names decoder/layers/mlp/down_proj/kernel, .* and the factors beside it too; the factors alone were expected"),
+    ("vqa_rad", ["lora.rank=4", 'trainable=["decoder/layers_1/.*", "decoder/layers_0/.*_lora_[ab]"]'], r"names decoder/layers/mlp/down_proj/kernel, .* too"),
+    ("lora_vqa", ['lora.targets=["decoder/layers_.+/.*_proj", "vision_tower/layers_.+/.*"]'],
+     r"does not name vision_tower/layers/mlp/fc1/kernel_lora_b, .* would stay 0 and do nothing"),
+    ("lora_vqa", ['trainable=["decoder/layers_1/.*_lora_[ab]", "projector/.*"]'], r"does not name decoder/layers/mlp/down_proj/kernel_lora_b"),
+    ("lora_vqa", ['trainable=["decoder/.*_lora_a", "projector/.*"]'], r"does not name decoder/layers/mlp/down_proj/kernel_lora_b"),
+    ("lora_vqa", [], None), ("lora_vqa", ['trainable=["decoder/.*_lora_b", "projector/.*"]'], None),  # A as it was drawn
+    ("vqa_rad", ["lora.rank=4", 'trainable=["decoder/.*_lora_[ab]", "projector/.*", "decoder/norm/scale"]'], None)])
+def test_a_kernel_or_all_its_factors_are_trained(recipe, keys, sentence):
+    from llavamed_jax.adapters.lora import adapter_of
+    from llavamed_jax.cli.common import load_config
+    from llavamed_jax.training.program import Program
+    cfg = load_config(f"configs/{recipe}.py:small", keys)
+    build = lambda: Program.of(cfg, config_with(CFG, adapter_of(cfg)), make_mesh("data=1", jax.devices()[:1]), 5, tuple(cfg.trainable))
+    if sentence is None:
+        assert build()
+    else:
+        with pytest.raises(UsageError, match=sentence):
+            build()
+
+
+def test_over_a_base_of_few_bits_the_sum_is_of_its_exact_values(tmp_path):
+    """Scales of bfloat16: the kernel is not rounded to their dtype before the factors are added."""
+    from tests.checkpoints.test_quantised_export import exported
+    _, _, out = exported(tmp_path / "hf", "int4", jnp.bfloat16)
+    checkpoint = attach(open_checkpoint(out), adapter(DECODER), 0)
+    rng = np.random.default_rng(5)
+    drawn = {name: rng.standard_normal(t.shape, np.float32) / 4 for name, t in checkpoint.tensors.items() if name.endswith("lora_b")}
+    checkpoint = checkpoint.replace(tensors={**checkpoint.tensors, **{name: Tensor(x.shape, x.dtype, lambda x=x: x) for name, x in drawn.items()}})
+    run = lambda checkpoint, as_stored: np.asarray(Llava(checkpoint.config).apply(
+        {"params": load_params(checkpoint, np.float32, as_stored=as_stored)}, np.arange(3, 27)[None]))
+    with jax.default_matmul_precision("highest"):
+        few, wide, result = run(checkpoint, True), run(checkpoint, False), run(merged(checkpoint, np.float32), False)
+    for other in (wide, result):
+        assert np.abs(other - few).max() < 2e-5 * np.abs(few).max()
+    assert merged(checkpoint).tensors["decoder/layers_0/mlp/up_proj/kernel"].load().dtype == jnp.bfloat16
+
+
 def test_keys_without_a_rank_are_said_to_be_void(run):
     folder, start = run
     said = void_keys.sentences(shrunk(start, folder, **{"lora.alpha": 5, "lora.dropout": 0.1}))
