@@ -15,7 +15,7 @@ from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.config.adapter import is_factor
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models.llava import Llava
-from llavamed_jax.models.stacking import stack
+from llavamed_jax.models.stacking import stack, unstack
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.quantized.kernels import Kernel
 from llavamed_jax.training import state as states
@@ -108,6 +108,21 @@ def test_a_run_keeps_its_bits(run, path):  # noqa: F811
         fit(recipe(path, run, quantize="nf4"), run / "run")
     base, tuned = open_checkpoint(path), open_checkpoint(run / "run")
     assert all(np.array_equal(tuned.read(name), base.read(name)) for name in base.tensors if not name.startswith("projector/"))
+    factors = [name for name in tuned.tensors if is_factor(name)]
+    assert len(factors) == 2 * 14 and all(tuned.read(name).any() for name in factors)  # B began at 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_with_its_quantize_it_is_evaluated_over_the_kernels_it_was_trained_with(run, path, dtype):  # noqa: F811
+    cfg, tuned = recipe(path, run), open_checkpoint(run / "run")
+    program = Program.of(cfg, tuned.config, make_mesh("data=1", jax.devices()[:1]), 5, tuple(cfg.trainable))
+    trained = unstack(dict(program.initial_state(attach(open_checkpoint(path), adapter_of(cfg), 0)).frozen))
+    asked = flatten_dict(load_params(tuned, dtype, quantize="int4", as_stored=True), sep="/")
+    kernels = {name: x for name, x in asked.items() if isinstance(x, Kernel)}
+    assert len(kernels) == 14
+    for name, kernel in kernels.items():
+        for one, two in zip(jax.tree.leaves(kernel), jax.tree.leaves(trained[name]), strict=True):
+            assert one.dtype == two.dtype and np.array_equal(np.asarray(one), np.asarray(two)), name
 
 
 def test_what_cannot_be_is_refused(path, tmp_path):  # noqa: F811

@@ -94,9 +94,16 @@ def test_an_adapter_stays_exact_over_a_rounded_base(path):
     checkpoint = attach(open_checkpoint(path), AdapterConfig((AdapterRule(r"decoder/layers_\d+/.*", 4, 8.0),)), 0)
     params = flatten_dict(load_params(checkpoint, np.float32, quantize="int4"), sep="/")
     assert sum(isinstance(x, Kernel) for x in params.values()) == sum(name.endswith("lora_a") for name in params) == 14
-    fresh = Llava(checkpoint.config).apply({"params": unflatten_dict(params, sep="/")}, IDS)
-    base = load_params(open_checkpoint(path), np.float32, quantize="int4")
-    np.testing.assert_array_equal(fresh, Llava(checkpoint.config).apply({"params": base}, IDS))
+    run = lambda flat: np.asarray(jax.jit(Llava(checkpoint.config).apply)({"params": unflatten_dict(flat, sep="/")}, IDS))
+    plain = {name: x for name, x in params.items() if "_lora_" not in name}
+    np.testing.assert_array_equal(run(params), run(plain))
+    rng = np.random.default_rng(0)
+    drawn = {name: rng.standard_normal(x.shape, np.float32) / 4 if name.endswith("lora_b") else x for name, x in params.items()}
+    summed = {name: np.asarray(x.widened(np.float32)) + 2 * drawn[f"{name}_lora_a"] @ drawn[f"{name}_lora_b"] if isinstance(x, Kernel) else x
+              for name, x in plain.items()}
+    with jax.default_matmul_precision("highest"):
+        ours, wanted, without = run(drawn), run(summed), run(plain)
+    assert np.abs(ours - wanted).max() < 2e-5 * np.abs(wanted).max() and np.abs(ours - without).max() > 0.1 * np.abs(without).max()
 
 
 def test_widths_that_no_group_divides_are_one_sentence(tmp_path):
