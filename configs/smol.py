@@ -9,6 +9,11 @@ The stages start from what `python samples/smol.py --prepare --source data/vqa_r
 SLAKE. With `--vision runs/small` the tower is the one that `configs/small.py` has trained on the same rows, in a decoder
 that costs a tenth; without, it is random. README's figures are of such a tower, align, and vqa from it
 (`--config.init=runs/smol/align`). Tower and projector learn faster than the pretrained decoder. Every number is ours.
+README's third epoch joins other questions of an image:
+
+    python samples/smol_texts.py --source data/vqa_rad --source data/slake --out runs/smol/texts_1 --seed 1
+    python train.py --config configs/smol.py:epochs=1 --config.init=runs/smol/vqa --workdir runs/smol/more \
+      --config.data.train=runs/smol/texts_1/questions.json --config.optimizer.learning_rate=1e-4 --config.seed=43
 """
 
 from ml_collections import ConfigDict
