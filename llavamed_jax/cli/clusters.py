@@ -50,7 +50,8 @@ def detected(environment: Mapping[str, str] = os.environ) -> Place | None:
     if all(name in environment for name in slurm) and tasks.isdigit() and int(tasks) > 1:
         here = environment.get("SLURM_STEP_TASKS_PER_NODE", environment.get("SLURM_TASKS_PER_NODE", ""))
         return Place(count=int(tasks), index=int(environment["SLURM_PROCID"]), method="slurm",
-                     local_devices=_share_of_devices(environment, here, environment["SLURM_LOCALID"]))
+                     local_devices=_share_of_devices(environment, _tasks_of(here, environment.get("SLURM_NODEID", "")),
+                                                     environment["SLURM_LOCALID"]))
     if _is_tpu_host(environment) and _tpu_hosts(environment) > 1:
         return Place()
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
@@ -72,6 +73,24 @@ def _open_mpi(environment: Mapping[str, str], count: int) -> Place | None:
     return Place(count=count, index=int(environment["OMPI_COMM_WORLD_RANK"]), local_devices=devices, method="ompi")
 
 
+def _tasks_of(per_host: str, host: str) -> str:
+    """Returns the number of tasks on a host of a SLURM step; "" if that is not known.
+
+    Args:
+      per_host: the numbers of all hosts, as SLURM writes them: `2(x3),1`.
+      host: the number of the host in the step; without it all hosts must have the same number.
+    """
+    found: list[str] = []
+    for part in per_host.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            return ""
+        found += [match[1]] * min(int(match[2] or 1), 10**6)
+    if host.isdigit() and int(host) < len(found):
+        return found[int(host)]
+    return found[0] if len({*found}) == 1 else ""
+
+
 def _share_of_devices(environment: Mapping[str, str], tasks_here: str, local_index: str) -> Sequence[int] | None:
     """Returns the GPUs of a task: an equal part of those that it sees; all if it is alone on its host or sees one.
 
@@ -79,14 +98,13 @@ def _share_of_devices(environment: Mapping[str, str], tasks_here: str, local_ind
 
     Args:
       environment: the environment variables.
-      tasks_here: the number of tasks on this host, as SLURM (`2(x4)`) or Open MPI writes it.
+      tasks_here: the number of tasks on this host; "" if it is not known.
       local_index: the number of this task on its host.
     """
-    tasks = re.match(r"\d+", tasks_here)
     visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    if "JAX_LOCAL_DEVICE_IDS" in environment or tasks is None:
+    if "JAX_LOCAL_DEVICE_IDS" in environment or not tasks_here.isdigit():
         return None
-    here, index = int(tasks[0]), int(local_index)
+    here, index = int(tasks_here), int(local_index)
     if here == 1 or len(visible) == 1:
         return []
     share = len(visible) // here

@@ -5,6 +5,10 @@ copies there what the run needs: the model and the newest intact step. From then
 after each saved step come its files, then the logs, then the step's manifest, and then the deletion of old steps. A
 step in the bucket counts once its manifest is there. Logs follow also between steps.
 
+A store that does not answer does not end the run: its steps stay here, and each minute and with each later step they
+are copied again. If another try would fail too (no permission, a full disk, another run's lock), the run is asked to
+save its state here and to stop.
+
 The local directory is deleted at the end, and that of a killed run by the next run on the machine. It is kept if it has
 a step that the bucket lacks: `bucket_copy.RECORD` in it has what the bucket has.
 """
@@ -15,7 +19,7 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from llavamed_jax.checkpoints.tree import bucket_copy, store
@@ -23,14 +27,15 @@ from llavamed_jax.checkpoints.tree.bucket_copy import RECORD, STEPS
 from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST
 from llavamed_jax.errors import UserError, amount, count_of, warn
 from llavamed_jax.parallel import agreement, distributed
+from llavamed_jax.training import bucket_files
+from llavamed_jax.training.bucket_files import is_log, is_manifest
 from llavamed_jax.utils import bucket_lock, signals
-from llavamed_jax.utils.buckets import DIRECTORY, Bucket, Entry, local_copies, on_local_disk
-from llavamed_jax.utils.directories import PARTIAL, delete_leftovers, make_partial
+from llavamed_jax.utils.buckets import DIRECTORY, Bucket, Entry, Refused, local_copies, on_local_disk
+from llavamed_jax.utils.directories import delete_leftovers, make_partial
 from llavamed_jax.utils.files import write_json
 from llavamed_jax.utils.paths import is_bucket
 
 LOGS_S = 60.0  # logs are copied so often
-_LOGS = ("metrics.jsonl", "skipped.jsonl", "tensorboard/")
 _PULLED = ("recipe.json", "base.json", "model", "base", "metrics.jsonl", "skipped.jsonl")  # beside steps
 
 
@@ -85,80 +90,133 @@ class BucketWorkdir:
     """
 
     def __init__(self, url: str):
-        self._bucket = Bucket(url)
-        self._lock = bucket_lock.BucketLock(self._bucket)
+        self._lock = bucket_lock.BucketLock(Bucket(url, is_brisk=True))
+        self._bucket = Bucket(url, before_change=self._lock.confirm)
         self.url, self.saved = self._bucket.url, None
         self.directory, self._held = Path(), -1  # the descriptor keeps other runs from deleting the directory
         self._sent: dict[str, list] = {}  # as in RECORD, by name: version of the object, size and time of the file
+        self._begun: dict[str, list] = {}  # what a copy that failed had begun: as `_sent`, with the version before
+        self._steps: list[int] = []  # that this run has saved
         self._mutex, self._is_over = threading.Lock(), threading.Event()
         self._beat = threading.Thread(target=self._keep_up, name="bucket", daemon=True)
         self._is_pulled = False  # only then the local directory says what belongs in the bucket
-        self._is_lost = self._is_broken = False  # whether another run has the lock, whether the bucket refused a file
+        self._failure: UserError | None = None  # why the last copy of a step failed; None if it did not
+        self._is_given_up = False  # whether the run has ended with this failure
+        self._is_warned = False  # whether the beat has warned that logs are not copied
 
     def open(self) -> Path:
         """Takes the lock, makes the local directory and copies the run into it."""
         runs = local_copies() / "runs"
         with on_local_disk(runs):
             runs.mkdir(parents=True, exist_ok=True)
-            delete_leftovers(runs, delete=_delete_leftover)
+            delete_leftovers(runs, delete=bucket_files.delete_leftover)
             self.directory, self._held = make_partial(runs, f"{self.url.rpartition('/')[2]}.")
         try:
             self._lock.take()
-            self._beat.start()
+            self._lock.keep(_ask_to_stop)
             with on_local_disk(self.directory):
                 self._pull()
+            self._beat.start()
         except BaseException:
             self.close()
             raise
         return self.directory
 
+    def follow(self, step: int) -> None:
+        """Copies a step that was saved just now. If that fails, the step stays here, and the run goes on for now."""
+        try:
+            self.push(step)
+        except UserError as error:
+            if isinstance(error, bucket_lock.Taken | Refused):
+                _ask_to_stop(error)
+            else:
+                warn(f"{error}; step {step} is kept in {self.directory} and copied again later")
+
+    def settle(self) -> None:
+        """Copies at the end of a run what could not be copied before. Raises UserError as `push`."""
+        if self._failure is not None or self._lock.lost is not None:
+            try:
+                self.push()
+            except UserError:
+                self._is_given_up = True
+                raise
+
     def push(self, step: int | None = None) -> None:
         """Makes the bucket equal to the local directory.
 
         Args:
-          step: the step that was saved just now; None at the end of the run.
+          step: the step that was saved just now; None for no new one.
 
         Raises:
           Taken: another run has the lock.
-          UserError: the bucket cannot be written, or the local directory cannot be read.
+          Refused: the bucket refuses, or the local directory cannot be read.
+          UserError: the bucket cannot be written now.
         """
-        with on_local_disk(self.directory), self._mutex:
+        if step is not None:
+            self._steps.append(step)
+        with self._mutex:
             try:
-                self._push()
-            except UserError:
-                self._is_broken = True
+                with on_local_disk(self.directory):
+                    self._push()
+                    if not self._is_over.is_set():
+                        write_json(self.directory / RECORD, self._sent)
+            except UserError as error:
+                self._failure = error
                 raise
-            if step is not None and f"{STEPS}{step}/{MANIFEST}" in self._sent:
-                self.saved = step
-                write_json(self.directory / RECORD, self._sent)
+            self._failure = None
 
     def _push(self) -> None:
-        self._check_lock()
-        found, remote = _files(self.directory), self._bucket.entries()
+        self._lock.check()
+        found, remote = bucket_files.listed(self.directory), self._bucket.entries()
+        if not any(map(is_manifest, found)):  # without a step nothing else counts, and the next run begins anew
+            found = {name: mark for name, mark in found.items() if name == "recipe.json" or is_log(name)}
+        self._count_begun(remote)
         new = [name for name, mark in found.items() if self._sent.get(name) != [_version(remote, name), *mark]]
         self._tell_of_changes(remote)
-        manifests = [name for name in new if _is_manifest(name)]
-        files = [name for name in new if not _is_manifest(name)]
+        for name in new:  # if this fails, what was written is no change by another program
+            self._sent.pop(name, None)
+        manifests = [name for name in new if is_manifest(name)]
+        files = [name for name in new if not is_manifest(name)]
+        if manifests and self.saved is None and not bucket_copy.sealed(remote):
+            self._forget(name for name in self._sent if name in remote and not name.startswith(STEPS)
+                         and not (self.directory / name).exists())  # an older start, before the first step counts
         # A step that is written again does not count until it is whole; files of an interrupted save go.
         self._bucket.delete([name for name in manifests if name in remote])
-        steps = tuple(map(_step_of, manifests))
+        steps = tuple(map(_folder, manifests))
         self._bucket.delete([name for name in remote if name.startswith(steps) and name not in found])
+        self._begun = {name: [_version(remote, name), *found[name]] for name in files}
         self._bucket.upload(self.directory, [name for name in files if name == "recipe.json"])
-        self._bucket.upload(self.directory, [name for name in files if name != "recipe.json" and not _is_log(name)])
-        self._upload_logs([name for name in files if _is_log(name)])
+        self._bucket.upload(self.directory, [name for name in files if name != "recipe.json" and not is_log(name)])
+        self._upload_logs([name for name in files if is_log(name)])
         listed = self._bucket.entries()
-        lacking = [name for name in files if not _is_log(name) and (
+        lacking = [name for name in files if not is_log(name) and (
             name not in listed or listed[name].size != found[name][0])]
         for name in lacking:
             if (self.directory / name).exists():
                 raise UserError(f"{self.url}/{name} was removed while the run wrote it, so the step is not saved")
         # A step of which files were deleted here in the meantime, as old steps are, does not count.
-        manifests = [name for name in manifests if not any(each.startswith(_step_of(name)) for each in lacking)]
-        self._check_lock()
+        manifests = [name for name in manifests if not any(each.startswith(_folder(name)) for each in lacking)]
+        self._lock.check()
+        self._begun |= {name: [None, *found[name]] for name in manifests}
         self._bucket.upload(self.directory, manifests)
         listed |= self._bucket.entries(STEPS) if manifests else {}
         self._sent |= {name: [_version(listed, name), *found[name]] for name in (*files, *manifests)}
-        self._delete(listed)
+        self._begun = {}
+        there = {bucket_files.step_of(name) for name, mark in found.items() if is_manifest(name) and name in listed
+                 and self._sent.get(name, [])[1:] == [*mark]}
+        self.saved = max(there & {*self._steps}, default=self.saved)
+        try:
+            self._delete(listed)
+        except bucket_lock.Taken:
+            raise
+        except UserError as error:
+            warn(f"old steps are deleted later: {error}")
+
+    def _count_begun(self, remote: Mapping[str, Entry]) -> None:
+        """Counts what arrived of a copy that failed; the next one does not send it again."""
+        self._sent |= {name: [remote[name].version, *mark] for name, (before, *mark) in self._begun.items()
+                       if name in remote and remote[name].version != before and remote[name].size == mark[0]}
+        self._begun = {}
 
     def _upload_logs(self, names: list[str]) -> None:
         """Uploads logs as they are now, since the run appends to them in the meantime."""
@@ -194,16 +252,15 @@ class BucketWorkdir:
         return "; ".join(filter(None, said))
 
     def _push_the_rest(self) -> None:
-        if self._is_pulled and not self._is_lost and not self._is_broken:
+        if self._is_pulled and self._lock.lost is None and not self._is_given_up:
             self.push()
 
     def _release(self) -> None:
-        if not self._is_lost:
-            self._lock.release()
+        self._lock.release()
 
     def _leave(self) -> str:
         if self._is_pulled:
-            return _keep_or_delete(self.directory, self._sent)
+            return bucket_files.keep_or_delete(self.directory, self._sent, self._failure is not None)
         shutil.rmtree(self.directory, ignore_errors=True)  # at most a part of what the bucket has
         return ""
 
@@ -222,12 +279,12 @@ class BucketWorkdir:
             steps or not name.startswith("base/")) and name.partition("/")[0] in _PULLED]
         copy = lambda names: bucket_copy.copy(self._bucket, remote, self.directory, names)
         copy(wanted)
-        copy([name for name in remote if _is_manifest(name) or name == STEPS + store.SEALED])
+        copy([name for name in remote if is_manifest(name) or name == STEPS + store.SEALED])
         self.saved = bucket_copy.copy_newest_step(self._bucket, remote, self.directory, steps)
         for name in remote:  # an interrupted save, or a base without a step, is there for the run to see
             if name.startswith((STEPS, "base/", "model/")) and name.count("/"):
                 (self.directory / name).parent.mkdir(parents=True, exist_ok=True)
-        found = _files(self.directory)
+        found = bucket_files.listed(self.directory)
         self._sent = {name: [entry.version, *found.get(name, (0, 0))] for name, entry in remote.items()
                       if name in found or name.startswith(("base/", "model/"))}
         self._is_pulled = True
@@ -236,44 +293,45 @@ class BucketWorkdir:
         print(f"{self.url}: {done} {self.directory}", flush=True)
 
     def _delete(self, remote: Mapping[str, Entry]) -> None:
-        """Deletes from the bucket what the run has deleted: steps, their manifests first, and an older start.
+        """Deletes from the bucket the steps that the run has deleted, their manifests first.
 
-        A run deletes steps before its newest one, and an older start before its first step. Whatever else is not here
-        was deleted here by another program, and stays in the bucket.
+        A run deletes steps before its newest one. Whatever else is not here was deleted here by another program, and
+        stays in the bucket.
         """
-        ours = (name for name in _files(self.directory) if _is_manifest(name) and name in self._sent)
+        ours = (name for name in bucket_files.listed(self.directory) if is_manifest(name) and name in self._sent)
         newest = max((int(name.split("/")[1]) for name in ours), default=-1)
         later = {step for step in bucket_copy.sealed(remote) if step >= newest}
         gone = [name for name in remote if name.startswith(STEPS) and (step := name.split("/")[1]).isdigit()
                 and int(step) not in later and not (self.directory / STEPS / step).is_dir()]
-        self._bucket.delete(name for name in gone if _is_manifest(name))
-        if self.saved is None and newest >= 0:
-            gone += [name for name in self._sent if name in remote and not name.startswith(STEPS)
-                     and not (self.directory / name).exists()]
+        self._bucket.delete(name for name in gone if is_manifest(name))
+        self._forget(gone)
+
+    def _forget(self, names: Iterable[str]) -> None:
+        gone = list(names)
         self._bucket.delete(gone)
         for name in gone:
             self._sent.pop(name, None)
 
     def _keep_up(self) -> None:
-        """Renews the lock and copies the logs, until the run ends; a failure is a warning, since later tries follow."""
-        logs_in = LOGS_S
-        while not self._is_over.wait(bucket_lock.RENEWED_S):
-            logs_in -= bucket_lock.RENEWED_S
+        """Copies the logs, and steps that could not be copied, until the run ends; later tries follow a failure."""
+        while not self._is_over.wait(LOGS_S):
             try:
-                self._lock.renew()
-                if logs_in <= 0:
-                    logs_in = LOGS_S
+                if self._failure is None:
                     self._push_logs()
+                else:
+                    self.push()
+                self._is_warned = False
             except bucket_lock.Taken as error:
-                self._is_lost = True
-                signals.ask(str(error), is_failure=True)
+                _ask_to_stop(error)
                 return
             except (UserError, OSError) as error:  # OSError: the local disk is full
-                warn(str(error))
+                if not self._is_warned:
+                    warn(str(error))
+                self._is_warned = True
 
     def _push_logs(self) -> None:
         with self._mutex:
-            found = {name: mark for name, mark in _files(self.directory).items() if _is_log(name)}
+            found = {name: mark for name, mark in bucket_files.listed(self.directory).items() if is_log(name)}
             new = [name for name, mark in found.items() if self._sent.get(name, [])[1:] != [*mark]]
             for name in new:  # if this fails, what was written of it is no change by another program
                 self._sent.pop(name, None)
@@ -281,88 +339,15 @@ class BucketWorkdir:
             listed = self._bucket.entries()
             self._sent |= {name: [_version(listed, name), *found[name]] for name in new}
 
-    def _check_lock(self) -> None:
-        try:
-            self._lock.check()
-        except bucket_lock.Taken:
-            self._is_lost = True
-            raise
 
-
-def _keep_or_delete(directory: Path, record: Mapping[str, list]) -> str:
-    """Deletes a run's local directory; one that has a step that the bucket lacks gets a lasting name.
-
-    Args:
-      directory: the directory, which this process has locked.
-      record: what the bucket has, as in RECORD.
-
-    Returns:
-      A sentence that says where the step is; "" if the directory was deleted.
-    """
-    steps = [int(name.split("/")[1]) for name, mark in _files(directory).items()
-             if _is_manifest(name) and record.get(name, [])[1:] != [*mark]]
-    if not steps:
-        shutil.rmtree(directory, ignore_errors=True)
-        return ""
-    kept = directory.with_suffix("")
-    directory.rename(kept)
-    for name in (RECORD, ".lock"):
-        (kept / name).unlink(missing_ok=True)
-    return f"step {max(steps)} is kept in {kept}, from which `--workdir {kept}` goes on"
-
-
-def _delete_leftover(directory: Path) -> None:
-    if kept := _keep_or_delete(directory, bucket_copy.read_record(directory)):
-        warn(f"an earlier run on this machine was killed before its bucket had its newest step: {kept}")
-
-
-def _files(directory: Path) -> dict[str, tuple[int, int]]:
-    """Returns size and time of each file of a run that belongs in the bucket, by name.
-
-    A step belongs there once it has its manifest, and unless the manifest is all that was copied of it.
-
-    Raises:
-      OSError: a directory cannot be read, so that it is not known whether it has a step.
-    """
-    found = {}
-    for folder, folders, names in os.walk(directory, onerror=_raise):
-        below = Path(folder).relative_to(directory)
-        if below.parts[:1] == ("checkpoints",) and len(below.parts) == 2 and not (
-                MANIFEST in names and "params" in folders and _has_files(Path(folder) / "params")):
-            folders.clear()
-            continue
-        folders[:] = [name for name in folders if not name.endswith(PARTIAL) and ".orbax-checkpoint-tmp" not in name]
-        for name in names:
-            if not name.endswith(".tmp") and name not in (".lock", RECORD):
-                with contextlib.suppress(FileNotFoundError):
-                    stat = (Path(folder) / name).stat()
-                    found[(below / name).as_posix()] = (stat.st_size, stat.st_mtime_ns)
-    return found
-
-
-def _raise(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):  # a step that is deleted in the meantime
-        raise error
-
-
-def _has_files(directory: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return bool(os.listdir(directory))
-    return False
+def _ask_to_stop(error: UserError) -> None:
+    signals.ask(str(error), is_failure=True)
 
 
 def _version(remote: Mapping[str, Entry], name: str) -> str | None:
     return remote[name].version if name in remote else None
 
 
-def _is_manifest(name: str) -> bool:
-    return name.startswith(STEPS) and name.count("/") == 2 and name.endswith(f"/{MANIFEST}")
-
-
-def _step_of(manifest: str) -> str:
+def _folder(manifest: str) -> str:
     """Returns the folder of a step's manifest, with its slash."""
     return manifest.removesuffix(MANIFEST)
-
-
-def _is_log(name: str) -> bool:
-    return name.startswith(_LOGS)

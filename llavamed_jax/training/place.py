@@ -107,8 +107,13 @@ class Place:
     def note(self, step: int) -> None:
         """Notes that a step has been saved; in a bucket it is then copied there."""
         if self._bucket is not None:
-            self._bucket.push(step)
+            self._bucket.follow(step)
         self.saved = step
+
+    def settle(self) -> None:
+        """Copies to the bucket what could not be copied there before; raises UserError if it still cannot."""
+        if self._bucket is not None:
+            self._bucket.settle()
 
     def what_is_saved(self) -> str:
         """Returns the newest step that a run resumes from, as the end of a sentence."""

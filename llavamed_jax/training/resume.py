@@ -22,6 +22,7 @@ from llavamed_jax.training.progress import Progress
 from llavamed_jax.training.rows import Data
 from llavamed_jax.training.state import TrainState
 from llavamed_jax.utils import signals
+from llavamed_jax.utils.buckets import is_local_copy
 
 _RENAMED = {"seen": "samples_read"}  # counts of earlier versions -> present name
 
@@ -86,7 +87,7 @@ def begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: Progr
     record = workdirs.write_recipe(workdir, cfg, resolved, earlier)
     if not earlier:
         write_model(workdir, checkpoint, without=program.trained_names(), progress=signals.checked,
-                    stays=True, vision_tower=cfg.vision_tower)
+                    stays=not is_local_copy(workdir), vision_tower=cfg.vision_tower)  # a bucket is read elsewhere
     return {**record, "model": base.fingerprints(workdir), "validation": data.judged_by(),
             "computed": arithmetic.used(program)}
 

@@ -51,17 +51,20 @@ class Saver:
     def finish(self, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Waits for the newest step, saves it again if somebody has removed it, and deletes old steps.
 
+        In a bucket the step has to be there, too.
+
         Args:
           state: the run's state.
           meta: what the step records; `step` is its number.
 
         Raises:
-          UserError: the step was removed twice.
+          UserError: the step was removed twice, or the bucket lacks it.
         """
         if not self._is_saved():  # the state is still in memory
             self._write(state, meta)
             if not self._is_saved():
                 raise UserError(f"step {self.saved} was saved twice, and both times removed from {self._place.workdir}")
+        distributed.from_first(self._place.settle)
         if held := self._delete_old():
             self._say(f"other programs are reading the steps {some(list(map(str, held)))}, so these steps are kept; "
                       "delete them later")

@@ -11,6 +11,7 @@ import errno
 import importlib
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,11 +28,16 @@ _MODULES = {"gs": ("gcsfs", "gcsfs.core", "GCSFileSystem"), "s3": ("s3fs", "s3fs
 _LOGIN = {"gs": "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file",
           "s3": "run `aws configure`, or set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"}
 _THREADS = 8  # files that are read or written at a time
+_CONFLICTS = 4  # tries to create an object that another request creates at the same time
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _CONNECTION = ("Connect", "Timeout", "Connection", "ServerDisconnected", "ClientOSError", "ClientPayload", "Proxy")
 
 
-class Missing(UserError):
+class Refused(UserError):
+    """Another try would fail too: credentials or permission are missing, or the local disk refuses."""
+
+
+class Missing(Refused):
     """An object, or the bucket, does not exist."""
 
 
@@ -51,18 +57,22 @@ class Entry:
 class Bucket:
     """The objects below an address, by their names relative to it.
 
-    Every method raises UserError with one sentence, `Missing` for what does not exist.
+    Every method raises UserError with one sentence, `Refused` if another try would fail too, and `Missing` for what
+    does not exist.
 
     Args:
       url: `gs://BUCKET/KEY` or `s3://BUCKET/KEY`.
+      before_change: called before each object that is written or deleted; it may raise.
+      is_brisk: whether requests are given up early, for small objects that are written again soon.
 
     Attributes:
       url: the address without a slash at its end.
     """
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, before_change: Callable[[], None] = lambda: None, is_brisk: bool = False):
         self._scheme, self._bucket, key = split_bucket(url)
         self.url, self._root = f"{self._scheme}://{self._bucket}/{key}", f"{self._bucket}/{key}"
+        self._before_change = before_change
         package, module, name = _MODULES[self._scheme]
         for noisy in ("gcsfs", "s3fs", "fsspec", "botocore", "aiobotocore", "asyncio", "google"):
             logging.getLogger(noisy).setLevel(logging.CRITICAL)  # they log a traceback of what they raise anyway
@@ -72,14 +82,20 @@ class Bucket:
             raise UserError(f"{package}, which reads and writes {self._scheme}:// addresses, is not installed: pip "
                             "install 'llavamed-jax[cloud]'") from None
         with self._saying("opened"):  # other processes write too, so no listing is remembered
-            self._files = kind(skip_instance_cache=True, use_listings_cache=False, **_patience(self._scheme))
+            self._files = kind(skip_instance_cache=True, use_listings_cache=False, **_patience(self._scheme, is_brisk))
+            if is_brisk:
+                self._files.retries = 2  # which gcsfs does not read
 
     def entries(self, below: str = "") -> dict[str, Entry]:
-        """Lists all objects below the address whose names begin with `below`, a folder with its slash, by name."""
+        """Lists all objects below the address whose names begin with `below`, a folder with its slash, by name.
+
+        The empty objects of folders (`base/`), which consoles and gcsfuse make, are left out.
+        """
         with self._saying("read"):
             found = self._files.find(f"{self._root}/{below}".rstrip("/"), detail=True)
         return {path[len(self._root) + 1:]: Entry(int(info["size"]), str(info.get("generation") or info.get("ETag")))
-                for path, info in found.items() if path.startswith(f"{self._root}/") and info.get("type") == "file"}
+                for path, info in found.items() if path.startswith(f"{self._root}/") and not path.endswith("/")
+                and info.get("type") == "file"}
 
     def read(self, name: str) -> bytes:
         """Reads an object."""
@@ -88,6 +104,7 @@ class Bucket:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes an object, over the one that is there."""
+        self._before_change()
         with self._saying("written", name):
             self._files.pipe_file(f"{self._root}/{name}", content)
 
@@ -97,18 +114,27 @@ class Bucket:
         Exactly one of several processes that try it at once gets True. If the library sent a request again because the
         first answer was lost, the content shows that this process wrote the object.
         """
+        self._before_change()
         with self._saying("written", name):
-            try:
-                self._files.pipe_file(f"{self._root}/{name}", content, mode="create")
-                return True
-            except FileExistsError:
-                with contextlib.suppress(FileNotFoundError):
-                    return self._files.cat_file(f"{self._root}/{name}") == content
-                return False
+            for number in range(_CONFLICTS):
+                try:
+                    self._files.pipe_file(f"{self._root}/{name}", content, mode="create")
+                    return True
+                except Exception as error:
+                    if _answer(error)[1] == "ConditionalRequestConflict" and number < _CONFLICTS - 1:
+                        time.sleep(0.5)  # another request for the same object is under way
+                    elif isinstance(error, FileExistsError) or 412 in _answer(error):
+                        break
+                    else:
+                        raise
+            with contextlib.suppress(FileNotFoundError):
+                return self._files.cat_file(f"{self._root}/{name}") == content
+            return False
 
     def upload(self, directory: Path, names: Sequence[str]) -> None:
         """Writes local files as objects of the same names; a file that was deleted in the meantime is left out."""
         def put(name: str) -> None:
+            self._before_change()
             with self._saying("written", name):
                 try:
                     self._files.put_file(str(directory / name), f"{self._root}/{name}")
@@ -134,6 +160,7 @@ class Bucket:
     def delete(self, names: Iterable[str]) -> None:
         """Deletes objects; those that are gone already are no error."""
         def remove(name: str) -> None:
+            self._before_change()
             with self._saying("deleted", name), contextlib.suppress(FileNotFoundError):
                 self._files.rm_file(f"{self._root}/{name}")
 
@@ -151,30 +178,48 @@ class Bucket:
             what = "it" if name and done == "read" else f"the bucket {self._bucket}"
             raise Missing(f"{where} cannot be {done}: {what} does not exist") from error
         except Exception as error:  # of botocore, aiohttp, google.auth, requests, the system
-            raise UserError(f"{where} cannot be {done}: {self._reason(error)}") from error
+            kind, reason = self._reason(error)
+            raise kind(f"{where} cannot be {done}: {reason}") from error
 
-    def _reason(self, error: Exception) -> str:
+    def _reason(self, error: Exception) -> tuple[type[UserError], str]:
+        """Returns what to raise for a library's error, and the reason in words."""
         names = " ".join(kind.__name__ for kind in type(error).__mro__)
-        text = next(iter(str(error).splitlines()), "")
+        text = next(iter(str(error).splitlines()), "") or type(error).__name__
         if isinstance(error, OSError) and (error.errno in _DISK or error.filename):  # the stores' own have no file
             file = Path(str(error.filename or local_copies()))
             hint = f" ({DIRECTORY} names another directory for local copies)" if is_local_copy(file) else ""
-            return f"{error.strerror} at {file} on this machine{hint}"
+            return Refused, f"{error.strerror} at {file} on this machine{hint}"
+        if "TransportError" in names:  # of google.auth, whose server cannot be reached
+            return UserError, f"the store cannot be reached ({cut(text, 160)})"
         if "Credential" in names or "GoogleAuthError" in names or getattr(error, "code", None) in (401, "401"):
-            return f"no valid credentials were found ({cut(text, 120)}); {_LOGIN[self._scheme]}"
+            kind = UserError if getattr(error, "retryable", False) else Refused  # a server of google.auth that is down
+            return kind, f"no valid credentials were found ({cut(text, 120)}); {_LOGIN[self._scheme]}"
         if isinstance(error, PermissionError) or text.startswith("Forbidden"):
-            return f"the credentials do not permit it ({cut(text, 120)})"
+            return Refused, f"the credentials do not permit it ({cut(text, 120)})"
         if any(word in names for word in _CONNECTION):
-            return f"the store cannot be reached ({cut(text, 160)})"
-        return cut(f"{type(error).__name__}: {text}", 200)
+            return UserError, f"the store cannot be reached ({cut(text, 160)})"
+        return UserError, cut(f"{type(error).__name__}: {text}", 200)
 
 
-def _patience(scheme: str) -> dict[str, Any]:
-    """Returns the timeouts of a file system that has none by itself: s3fs waits 15 s for an answer, gcsfs forever."""
+def _answer(error: Exception) -> tuple[int, str]:
+    """Returns status and code of the answer of S3 behind an error of s3fs; 412 also if only the code says so.
+
+    s3fs knows a failed precondition only by an element that other stores than Amazon's leave out.
+    """
+    response = getattr(error.__cause__, "response", None)
+    if not isinstance(response, dict):
+        return 0, ""
+    status, code = response.get("ResponseMetadata", {}).get("HTTPStatusCode"), response.get("Error", {}).get("Code")
+    return 412 if code == "PreconditionFailed" else int(status or 0), str(code)
+
+
+def _patience(scheme: str, is_brisk: bool) -> dict[str, Any]:
+    """Returns the timeouts of a file system: s3fs waits 15 s for an answer by itself, gcsfs forever."""
     if scheme == "s3":
-        return {}
+        return {"config_kwargs": {"retries": {"max_attempts": 1}}} if is_brisk else {}
     import aiohttp  # which gcsfs brings
-    return {"requests_timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
+    return {"requests_timeout": aiohttp.ClientTimeout(total=15) if is_brisk else aiohttp.ClientTimeout(
+        total=None, sock_connect=30, sock_read=60)}
 
 
 def _in_threads(act: Callable[[str], None], names: Sequence[str]) -> None:
@@ -208,7 +253,7 @@ def local_copies() -> Path:
 
 @contextlib.contextmanager
 def on_local_disk(directory: Path) -> Iterator[None]:
-    """Re-raises an OSError inside the block as UserError with one sentence.
+    """Re-raises an OSError inside the block as Refused with one sentence.
 
     Args:
       directory: a directory of local copies, for an error that names no file.
@@ -216,8 +261,8 @@ def on_local_disk(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or directory} cannot be read or written: {error.strerror or error} "
-                        f"({DIRECTORY} names another directory for local copies)") from error
+        raise Refused(f"{error.filename or directory} cannot be read or written: {error.strerror or error} "
+                      f"({DIRECTORY} names another directory for local copies)") from error
 
 
 def is_local_copy(path: Path) -> bool:

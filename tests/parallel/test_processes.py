@@ -73,6 +73,19 @@ def test_a_task_takes_its_part_of_the_gpus(tasks, index, visible, devices):
     assert found.local_devices == devices
 
 
+@pytest.mark.parametrize("per_host, tasks", [
+    ("1,2", [(0, 0, []), (1, 0, range(4)), (1, 1, range(4, 8))]),
+    ("2,1", [(0, 1, range(4, 8)), (1, 0, [])]),
+    ("2(x3),1", [(2, 0, range(4)), (3, 0, []), ("", 0, None), (4, 0, None)]),  # not said, and beyond the list: jax decides
+])
+def test_hosts_with_unequal_tasks(per_host, tasks):
+    """Each task shares the GPUs with those of its own host: host, index there, devices."""
+    for host, index, devices in tasks:
+        found = clusters.detected({**SLURM, "SLURM_STEP_TASKS_PER_NODE": per_host, "SLURM_NODEID": str(host), "SLURM_LOCALID": str(index),
+                                   "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"})
+        assert found.local_devices == devices
+
+
 def test_hosts_of_a_tpu_are_found(monkeypatch):
     monkeypatch.setattr(clusters, "_is_tpu_host", lambda environment: True)
     assert clusters.detected({"TPU_WORKER_HOSTNAMES": "a,b"}) == Place()

@@ -63,7 +63,7 @@ def running(kind, cache):
         if kind == "memory":
             patch = stack.enter_context(pytest.MonkeyPatch.context())
             patch.setitem(buckets._MODULES, "gs", ("pytest", __name__, "Files"))
-            patch.setattr(buckets, "_patience", lambda scheme: {})
+            patch.setattr(buckets, "_patience", lambda *_: {})
             variables = {}
         else:
             for package in PACKAGES[kind]:

@@ -141,13 +141,23 @@ def test_a_run_that_starts_from_a_bucket(recipe, finished, tmp_path):
         fit(recipe(init=url), url)
 
 
+def test_an_adapters_run_takes_its_base_to_the_bucket(recipe, start, url, tmp_path):
+    """Another machine does not have it: the run is read and goes on without it."""
+    shutil.copytree(start, tmp_path / "start")
+    of = lambda steps: recipe(**{"init": str(tmp_path / "start"), "total_steps": steps, "lora.rank": 2, "trainable": '["decoder/.*lora_[ab]"]'})
+    assert fit(of(3), url)
+    (tmp_path / "start").rename(tmp_path / "elsewhere")
+    assert "base.json" not in stores.listed(url) and open_checkpoint(url).step == 3
+    assert fit(of(4), url) and stores.steps(url) == [3, 4]
+
+
 def test_a_killed_first_save_and_leftovers(recipe, a_run, copies):
     """A run that was killed before its first step counted begins anew; its base goes, and so does its local copy."""
     url = a_run
     stores.remove(f"{url}/checkpoints")
     stores.write(f"{url}/base/left over", b"x")
     left = buckets.local_copies() / "runs" / "x.0123.partial"
-    left.mkdir()
+    left.mkdir(parents=True)
     assert fit(recipe(total_steps=3, seed=5), url)
     assert stores.steps(url) == [3] and "base/left over" not in stores.listed(url) and copies() == []
     stores.remove(url)
