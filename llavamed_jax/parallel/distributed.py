@@ -24,6 +24,7 @@ HEARTBEAT_S = 40
 _CHUNK = 2**20 - 64  # bytes of a message, with room for a header: gRPC refuses large messages
 _POLL_S = 1.0
 _FAREWELL_S = 5.0  # a failed process waits so long for the others to read the reason
+_LAST_ACT_S = 20.0  # a process that ends because another one has failed may still do something for so long
 
 
 class Group:
@@ -40,6 +41,7 @@ class Group:
         self._called = 0  # calls of gather and broadcast so far; all processes make them in one order
         self._given: list[str] = []  # on process 0: broadcasts that others may not have read yet
         self._when_stopped: Callable[[], None] | None = None
+        self._when_failed: Callable[[], None] | None = None
         self.ends_alike = False  # whether all processes have the same failure
         self._is_left = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="other-processes", daemon=True)
@@ -104,6 +106,10 @@ class Group:
         """Sets the function that is called, once and in another thread, when another process says that it stops."""
         self._when_stopped = act
 
+    def when_failed(self, act: Callable[[], None] | None) -> None:
+        """Sets the function that is called, in another thread, before this process ends for another one's failure."""
+        self._when_failed = act
+
     def _watch(self) -> None:
         """Watches for failures and stops of other processes; exits this process if another one has failed."""
         while not self._is_left.wait(_POLL_S):
@@ -117,6 +123,10 @@ class Group:
                 said = terminal.sentence(f"error: process {failure['process']} failed: {failure['sentence']}")
                 print(said, file=terminal.Screen(sys.__stderr__), flush=True)
                 self.farewell()
+                if self._when_failed is not None:
+                    last = threading.Thread(target=self._when_failed, name="last-act", daemon=True)
+                    last.start()
+                    last.join(_LAST_ACT_S)
                 os._exit(failure["status"])
             if stop is not None and stop["process"] != self.index and self._when_stopped is not None:
                 act, self._when_stopped = self._when_stopped, None
@@ -212,6 +222,15 @@ def when_stopped(act: Callable[[], None] | None) -> None:
     """Sets the function that is called, once and in another thread, when another process was asked to stop."""
     if _group is not None:
         _group.when_stopped(act)
+
+
+def when_failed(act: Callable[[], None] | None) -> None:
+    """Sets the function that is called, in another thread, before this process ends for another one's failure.
+
+    It may take 20 seconds.
+    """
+    if _group is not None:
+        _group.when_failed(act)
 
 
 def process_index() -> int:

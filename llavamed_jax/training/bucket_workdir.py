@@ -36,6 +36,7 @@ from llavamed_jax.utils.files import write_json
 from llavamed_jax.utils.paths import is_bucket
 
 LOGS_S = 60.0  # logs are copied so often
+ABANDON_S = 10.0  # a process that is ended waits so long for the copy of a step
 _PULLED = ("recipe.json", "base.json", "model", "base", "metrics.jsonl", "skipped.jsonl")  # beside steps
 
 
@@ -114,6 +115,7 @@ class BucketWorkdir:
         try:
             self._lock.take()
             self._lock.keep(_ask_to_stop)
+            distributed.when_failed(self.abandon)
             with on_local_disk(self.directory):
                 self._pull()
             self._beat.start()
@@ -238,6 +240,7 @@ class BucketWorkdir:
           "" if all this was done; else a sentence that says what failed, and where a step is kept that the bucket
           lacks.
         """
+        distributed.when_failed(None)
         self._is_over.set()
         if self._beat.is_alive():
             self._beat.join()
@@ -250,6 +253,20 @@ class BucketWorkdir:
                 said.append(str(error))
         os.close(self._held)
         return "; ".join(filter(None, said))
+
+    def abandon(self) -> None:
+        """Copies the logs and gives up the lock, since another process of the job has failed and this one is ended.
+
+        It is called beside the thread that trains, which copies nothing any more. If a step is being copied for longer
+        than `ABANDON_S`, the lock becomes stale in place of being given up.
+        """
+        self._is_over.set()
+        if self._mutex.acquire(timeout=ABANDON_S):  # for ever
+            with contextlib.suppress(UserError, OSError):
+                if self._is_pulled:
+                    self._copy_logs()
+            with contextlib.suppress(UserError):
+                self._lock.release()
 
     def _push_the_rest(self) -> None:
         if self._is_pulled and self._lock.lost is None and not self._is_given_up:
@@ -331,13 +348,16 @@ class BucketWorkdir:
 
     def _push_logs(self) -> None:
         with self._mutex:
-            found = {name: mark for name, mark in bucket_files.listed(self.directory).items() if is_log(name)}
-            new = [name for name, mark in found.items() if self._sent.get(name, [])[1:] != [*mark]]
-            for name in new:  # if this fails, what was written of it is no change by another program
-                self._sent.pop(name, None)
-            self._upload_logs(new)
-            listed = self._bucket.entries()
-            self._sent |= {name: [_version(listed, name), *found[name]] for name in new}
+            self._copy_logs()
+
+    def _copy_logs(self) -> None:
+        found = {name: mark for name, mark in bucket_files.listed(self.directory).items() if is_log(name)}
+        new = [name for name, mark in found.items() if self._sent.get(name, [])[1:] != [*mark]]
+        for name in new:  # if this fails, what was written of it is no change by another program
+            self._sent.pop(name, None)
+        self._upload_logs(new)
+        listed = self._bucket.entries()
+        self._sent |= {name: [_version(listed, name), *found[name]] for name in new}
 
 
 def _ask_to_stop(error: UserError) -> None:

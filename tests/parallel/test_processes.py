@@ -320,12 +320,13 @@ def test_a_failure_is_heard_by_the_others(monkeypatch, capsys):
     groups = [distributed.Group(Store(), 0, 2)]
     groups.append(distributed.Group(groups[0]._client, 1, 2))
     for group in groups:
+        group.when_failed(lambda group=group: ended.append(f"last act of {group.index}"))
         group.watch()
     groups[1].tell("failure", status=2, sentence="the disk is full")
     groups[1].tell("failure", status=1, sentence="the first word counts")
     groups[1].farewell()
     groups[0]._watcher.join(10)
-    assert ended == [2] and groups[1]._watcher.is_alive(), "only the others"
+    assert ended == ["last act of 0", 2] and groups[1]._watcher.is_alive(), "only the others"
     assert capsys.readouterr().err == "error: process 1 failed: the disk is full\n"
     groups[1].leave()
 

@@ -8,6 +8,8 @@ import time
 import pytest
 
 from llavamed_jax.errors import UserError
+from llavamed_jax.parallel import distributed
+from llavamed_jax.parallel.distributed import Group
 from llavamed_jax.training import bucket_workdir, trainer
 from llavamed_jax.training.bucket_workdir import BucketWorkdir
 from llavamed_jax.training.trainer import fit
@@ -15,6 +17,7 @@ from llavamed_jax.utils import bucket_lock, buckets, signals
 from llavamed_jax.utils.bucket_lock import Taken
 from llavamed_jax.utils.buckets import Bucket, Refused
 from tests.support import stores
+from tests.support.several import Store
 from tests.support.training_runs import FakeStep
 from tests.training.test_bucket_workdir import run, save
 
@@ -204,6 +207,25 @@ def test_logs_follow_between_steps_but_not_before_they_are_here(url, hurried, co
         until(lambda: stores.read(f"{url}/metrics.jsonl") == b"{}{}")
 
     assert run(url, "none", act)[1] is None and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("is_copying", [False, True])
+def test_a_job_that_another_process_ends(is_copying, url, copies, monkeypatch):
+    """The last lines arrive and the lock is free, unless a step is being copied: the thread that trains writes nothing after that."""
+    group = Group(Store(), 0, 2)
+    monkeypatch.setattr(distributed, "_group", group)
+    monkeypatch.setattr(distributed, "process_count", lambda: 1)
+    monkeypatch.setattr(bucket_workdir, "ABANDON_S", 0.05)
+    bucket, directory = opened(url)
+    (directory / "metrics.jsonl").write_bytes(b"{}")
+    if is_copying:
+        bucket._mutex.acquire()
+    group._when_failed()
+    assert (b'"ended"' in stores.read(f"{url}/.lock/1")) != is_copying
+    assert list(stores.listed(url)) == ([] if is_copying else ["metrics.jsonl"])
+    assert bucket._mutex.locked()  # a step that is saved now waits until the process has ended
+    bucket._mutex.release()
+    assert bucket.close() == "" and group._when_failed is None and copies() == []
 
 
 def test_a_server_of_credentials_that_cannot_be_reached(url, monkeypatch):
