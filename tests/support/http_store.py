@@ -1,10 +1,10 @@
-"""A store over HTTP, in this process: as much of both vendors' protocols as gcsfs and s3fs need for small objects, with faults."""
+"""A store over HTTP, in this process: as much of both vendors' protocols as gcsfs and s3fs need, with faults."""
 
 import contextlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 from xml.sax.saxutils import escape
 
 from benchmarks import emulators
@@ -20,10 +20,13 @@ class Store:
       objects: name -> content and number of the write.
       condition: what S3's refusal to create an object has beside its code; "" as other stores than Amazon's.
       faults: what happens to the next creations in turn: a status, which refuses, or `lost`, which writes and does not answer.
+      faults_of_reads: what happens to the next reads of objects in turn: a status, or `cut`, which answers with half of the content.
+      parts: number of parts by which the large objects came.
     """
 
     def __init__(self):
-        self.objects, self.condition, self.faults = {}, NAMED, []
+        self.objects, self.condition, self.faults, self.faults_of_reads = {}, NAMED, [], []
+        self.parts, self.uploads = 0, {}  # the parts of an upload in progress, by number
         self.lock, self.writes = threading.Lock(), 0
 
     def create(self, name, content, must_be_new):
@@ -68,14 +71,33 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer(200, json.dumps({"name": name, "size": str(len(content)), "generation": "1"}).encode() if not self.path.startswith(OBJECT) else b"", ETag='"e"')
 
+    def take(self, upload, number, content):
+        self.server.store.uploads.setdefault(upload, {})[number] = content
+        self.server.store.parts += 1
+
     def do_PUT(self):
-        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.write(unquote(urlsplit(self.path).path).removeprefix(OBJECT), content, self.headers.get("If-None-Match") == "*")
+        content, query = self.rfile.read(int(self.headers.get("Content-Length", 0))), parse_qs(urlsplit(self.path).query)
+        if "uploadId" in query:
+            self.take(query["uploadId"][0], int(query["partNumber"][0]), content)
+            return self.answer(200, ETag='"part"')
+        return self.write(unquote(urlsplit(self.path).path).removeprefix(OBJECT), content, self.headers.get("If-None-Match") == "*")
 
     def do_POST(self):
-        content = self.rfile.read(int(self.headers["Content-Length"]))
+        content, query = self.rfile.read(int(self.headers.get("Content-Length", 0))), parse_qs(urlsplit(self.path).query, keep_blank_values=True)
+        name = unquote(urlsplit(self.path).path).removeprefix(OBJECT)
+        if "uploads" in query:
+            return self.answer(200, f"<InitiateMultipartUploadResult><UploadId>{name}</UploadId></InitiateMultipartUploadResult>".encode())
+        if "uploadId" in query:
+            parts = self.server.store.uploads.pop(query["uploadId"][0])
+            self.server.store.create(name, b"".join(parts[number] for number in sorted(parts)), False)
+            return self.answer(200, b"<CompleteMultipartUploadResult><ETag>e</ETag></CompleteMultipartUploadResult>")
+        if "upload_id" in query:
+            self.server.store.parts += 1
+            return self.write(query["upload_id"][0], content, False)
+        if query["uploadType"] == ["resumable"]:
+            return self.answer(200, Location=f"http://{self.headers['Host']}{UPLOAD}?upload_id={quote(json.loads(content)['name'], safe='')}")
         about, _, rest = content.partition(b"\n\n")[2].partition(b"\n--==0==\n")
-        self.write(json.loads(about)["name"], rest.partition(b"\n\n")[2].removesuffix(b"\n--==0==--"), "ifGenerationMatch=0" in self.path)
+        return self.write(json.loads(about)["name"], rest.partition(b"\n\n")[2].removesuffix(b"\n--==0==--"), "ifGenerationMatch=0" in self.path)
 
     def do_GET(self):
         url, objects = urlsplit(self.path), self.server.store.objects
@@ -95,6 +117,18 @@ class Handler(BaseHTTPRequestHandler):
         content, number = objects[name]
         if LISTING in url.path and "alt" not in query:
             return self.answer(200, json.dumps({"name": name, "size": str(len(content)), "generation": str(number)}).encode())
+        fault = self.server.store.faults_of_reads.pop(0) if self.server.store.faults_of_reads and self.command == "GET" else None
+        if isinstance(fault, int):
+            return self.refuse(fault)
+        content = content[int(self.headers.get("Range", "bytes=0-")[6:].split("-")[0]):]
+        if fault == "cut":
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:len(content) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            return None
         return self.answer(200, content, ETag=f'"{number}"')
 
     do_HEAD = do_GET

@@ -74,6 +74,27 @@ def test_the_objects_of_folders_are_left_alone(store, url, tmp_path, monkeypatch
     assert "run/base/f" not in store.objects and Bucket(url).entries("base/") == {}
 
 
+def test_large_objects_and_broken_reads(store, url, tmp_path, monkeypatch):
+    """What is sent in parts arrives whole; what breaks on its way back is read again, or is an error, and never a part of a file."""
+    if url.startswith("s3"):
+        monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda *_, **__: 2**21)
+    content = os.urandom(6_000_000)
+    (tmp_path / "large").write_bytes(content)
+    bucket = Bucket(url)
+    bucket.upload(tmp_path, ["large"])
+    assert store.objects["run/large"][0] == content and store.parts == (3 if url.startswith("s3") else 1)
+    assert bucket.entries()["large"].size == len(content)
+    for faults in ([503], ["cut"], ["cut", 503]):
+        store.faults_of_reads = list(faults)
+        try:
+            bucket.download(tmp_path / "back", ["large"])
+        except UserError as error:
+            assert "cut" in faults and "/large cannot be read: " in str(error) and not (tmp_path / "back" / "large").exists()
+            bucket.download(tmp_path / "back", ["large"])
+        assert store.faults_of_reads == [] and (tmp_path / "back" / "large").read_bytes() == content
+        (tmp_path / "back" / "large").unlink()
+
+
 def test_the_process_of_another_user_may_be_hidden(store, monkeypatch, capsys):
     """Only a process that does not exist has ended; one that cannot be seen is watched."""
     pytest.importorskip("s3fs")
