@@ -216,7 +216,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", help="default: a tiny model of random weights")
     parser.add_argument("--clients", default="1,8,64")
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--distinct", type=int, default=500)
+    parser.add_argument("--distinct", type=int, default=600)  # at least 500 answers differ
     parser.add_argument("--most", type=int, default=48, help="new tokens of a long answer")
     parser.add_argument("--hang_ups", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=16)

@@ -90,9 +90,13 @@ def served_by_transformers(checkpoint: str):
     Returns:
       A LlavaMed whose engine is transformers, in float32.
     """
+    import warnings
+
     import transformers
 
     import llavamed_jax as lm
+
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)  # `cache` is newer than 5.0
 
     model = lm.load(checkpoint, dtype="float32")
     theirs, info = transformers.LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype="float32", output_loading_info=True)
