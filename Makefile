@@ -88,13 +88,13 @@ $(VENV)/.dev: $(VENV)/.core-$(ACCEL)
 	$(RUN) -m pip install --quiet --editable ".[$$($(RUN) -c 'import torch' 2>/dev/null && echo dev || echo test)]"
 	@touch $@
 
-HARNESS_lmms := lmms-eval==0.7.3
+HARNESS_lmms := lmms-eval==0.7.3 filelock<4
 HARNESS_vlmevalkit := ms-vlmeval==0.0.20
 .PRECIOUS: .venv-%/.ready
 .venv-%/.ready: samples/harness_environment.py
 	"$(INTERPRETER)" -m venv --clear .venv-$*
 	@.venv-$*/bin/python -m pip install --quiet --retries 1 --timeout 15 --extra-index-url https://download.pytorch.org/whl/cpu \
 		"$(TORCH)" "$(VISION)" 2>/dev/null || .venv-$*/bin/python -m pip install --quiet "$(TORCH)" "torchvision==0.28.0"
-	.venv-$*/bin/python -m pip install --quiet "$(HARNESS_$*)"
+	.venv-$*/bin/python -m pip install --quiet $(foreach package,$(HARNESS_$*),"$(package)")
 	.venv-$*/bin/python samples/harness_environment.py
 	@touch $@

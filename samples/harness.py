@@ -68,11 +68,19 @@ def run(words: list, **more: str) -> None:
         raise SystemExit(status)
 
 
+def newest(out: Path, pattern: str) -> Path:
+    """The newest file of a harness, whose exit status is 0 after an error too."""
+    found = sorted(out.rglob(pattern))
+    if not found:
+        raise SystemExit(f"the harness wrote no {pattern} under {out}; what it printed above says why")
+    return found[-1]
+
+
 def by_lmms_eval(python: Path, url: str, data: Path, out: Path) -> dict[str, tuple[str, bool]]:
     """Runs lmms-eval; returns question id -> its logged answer and its verdict."""
     run([python, "-m", "lmms_eval", "--model", "openai", "--model_args", f"model={NAME},base_url={url}/v1,api_key=any,timeout=3600",
          "--include_path", data / "lmms", "--tasks", harness_data.TASK, "--log_samples", "--output_path", out, "--batch_size", "1"])
-    logged = sorted(out.rglob(f"*_samples_{harness_data.TASK}.jsonl"))[-1]
+    logged = newest(out, f"*_samples_{harness_data.TASK}.jsonl")
     rows = [json.loads(line) for line in logged.read_text(encoding="utf-8").splitlines()]
     return {row["slake_accuracy"]["id"]: (row["filtered_resps"], row["slake_accuracy"]["is_correct"]) for row in rows}
 
@@ -89,7 +97,7 @@ def by_vlmevalkit(python: Path, url: str, data: Path, out: Path) -> dict[str, tu
     found = {}
     csv.field_size_limit(2**30)
     for table, column in ((f"{NAME}_SLAKE_YORN_auxmatch.tsv", "score"), (f"{NAME}_SLAKE_GQA_results.tsv", "eval_score")):
-        with open(sorted(out.rglob(table))[-1], newline="", encoding="utf-8") as file:
+        with open(newest(out, table), newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file, delimiter="\t"):
                 found[row["index"]] = (row["prediction"], row[column] in ("True", "1.0"))
     return found
