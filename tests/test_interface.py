@@ -252,7 +252,7 @@ def test_programs_by_which_answers_are_scored_are_named():
         assert set(re.findall(r"`(\w+)`", names)) == set(program.sets), name
         assert f"`{name}`" in section("metrics.json") and f"`{name}.jsonl`" in section("The workdir of an evaluation")
         assert f"scoring={name}" in (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    pins = re.findall(r"^HARNESS_\w+ := (.+)==(.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    pins = re.findall(r"^HARNESS_\w+ := (\S+)==(\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     versions = " ".join(program.version for program in PROGRAMS_OF_SCORING.values())
     assert len(pins) == 2 and all(f"{package} {version}" in versions for package, version in pins)
 
