@@ -27,7 +27,7 @@ from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG, ADAPTER_OTHERS,
 from llavamed_jax.checkpoints.torch.layout import from_torch
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.config.adapter import FACTOR_A, FACTOR_B, KERNEL, AdapterConfig, AdapterRule, without_factors
-from llavamed_jax.errors import UserError, some
+from llavamed_jax.errors import UserError, count_of, some, warn_once
 
 START = "base_model.model."
 # Behind a module's name: the adapter's own name ("default") stands in state dicts that PEFT did not strip.
@@ -94,8 +94,10 @@ def read(directory: Path, checkpoint: Checkpoint) -> Adapter:
         elif _BASES not in name:
             saved = _SAVED.fullmatch(name)
             whole[f"{saved[1]}.{saved[2]}" if saved else name.replace(".base_layer.", ".")] = tensor
+    _leave_out_dropped(file, model, factors, whole)
     if not factors:
-        raise UserError(f"{file} holds no tensors named …lora_A.weight; the factors of LoRA were expected")
+        raise UserError(f"{file} holds no tensors named …lora_A.weight for a part that this model has; the factors of "
+                        "LoRA were expected")
     check_rows = functools.partial(tables.check_rows, checkpoint=checkpoint, adapter=directory)
     whole = tied.without_head(file, whole, canonical, checkpoint, is_pefts=True)
     tensors = _whole(file, specs, canonical, whole, check_rows)
@@ -119,6 +121,19 @@ def read(directory: Path, checkpoint: Checkpoint) -> Adapter:
         rules[name] = AdapterRule(name, rank, settings.alpha_of(module))
         tensors[name + FACTOR_A], tensors[name + FACTOR_B] = turned(pair["A"]), turned(pair["B"])
     return Adapter(AdapterConfig(_rules(rules, model), settings.use_rslora, settings.dropout), tensors)
+
+
+def _leave_out_dropped(file: Path, model: LlavaConfig, factors: dict[str, dict[str, Tensor]],
+                       whole: dict[str, Tensor]) -> None:
+    """Removes factors and whole tensors of parts of the tower that LLaVA does not read, and warns of them."""
+    of_layouts = [names.dropped(model, layout) for layout in ("transformers", "llava")]
+    found = {name: part for part, key in ((factors, "{}.weight"), (whole, "{}")) for name in part
+             if any(is_dropped(key.format(name)) for is_dropped in of_layouts)}
+    for name, part in found.items():
+        del part[name]
+    if found:
+        warn_once(f"{file}: what it has for {count_of(len(found), 'part')} of the vision tower that LLaVA does not "
+                  f"read is left out: {some(sorted(found))}")
 
 
 def _canonical(model: LlavaConfig) -> dict[str, str]:

@@ -31,13 +31,23 @@ def saved(tmp_path_factory):
     export(towers.built("vit", root)[1], root / "base")
     model = hf.transformers.LlavaForConditionalGeneration.from_pretrained(root / "base", dtype=hf.torch.float32, attn_implementation="eager")
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=r".*vision_tower.*\.([qkvo]_proj|fc1|fc2)")).eval()
+    randomise(model)
+    model.save_pretrained(root / "adapter", save_embedding_layers=False)
+    return root, model
+
+
+def randomise(model):
     generator = hf.torch.Generator().manual_seed(3)
     with hf.torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name:
                 p.copy_(hf.torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5)
-    model.save_pretrained(root / "adapter", save_embedding_layers=False)
-    return root, model
+
+
+def pefts_logits(model, checkpoint):
+    ids = [[1, *[model.config.image_token_id] * checkpoint.config.tokens_per_image, 5, 9]]
+    with hf.torch.no_grad():
+        return model(input_ids=hf.torch.tensor(ids), pixel_values=hf.torch.tensor(hf.images(1)).permute(0, 3, 1, 2)).logits.numpy()
 
 
 def logits(root, adapter):
@@ -49,11 +59,7 @@ def logits(root, adapter):
 def test_logits_are_pefts_and_what_is_written_is_what_was_read(saved, tmp_path):
     root, model = saved
     checkpoint, ours = logits(root, root / "adapter")
-    image = model.config.image_token_id
-    ids = [[1, *[image] * checkpoint.config.tokens_per_image, 5, 9]]
-    with hf.torch.no_grad():
-        theirs = model(input_ids=hf.torch.tensor(ids), pixel_values=hf.torch.tensor(hf.images(1)).permute(0, 3, 1, 2)).logits.numpy()
-    theirs = theirs[..., :ours.shape[-1]]
+    theirs = pefts_logits(model, checkpoint)[..., :ours.shape[-1]]
     assert np.abs(ours - theirs).max() < 2e-5 * np.abs(theirs).max()
     plain = logits(root, None)[1]
     assert np.abs(ours - plain).max() > 1e-2 * np.abs(plain).max(), "the adapter does nothing"
@@ -62,6 +68,30 @@ def test_logits_are_pefts_and_what_is_written_is_what_was_read(saved, tmp_path):
     assert before.keys() == after.keys() and len(before) == 2 * 6 * 3
     for key in before:
         np.testing.assert_array_equal(before[key], after[key], err_msg=key)
+
+
+@pytest.mark.parametrize("kind, part", [("siglip", "head"), ("vit", "pooler")])
+def test_what_llava_does_not_read_is_left_out(kind, part, tmp_path, capsys):
+    """Factors in SigLIP's head and in ViT's pooler, and a whole tensor of it: PEFT's logits do not depend on them."""
+    export(towers.built(kind, tmp_path)[1], tmp_path / "base")
+    shapes = hf.transformers.AutoConfig.from_pretrained(tmp_path / "base")
+    shapes.vision_config.vision_use_head = True  # as published models have it, and our exports have not
+    model = hf.transformers.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "base", config=shapes, dtype=hf.torch.float32, attn_implementation="eager")
+    whole = [name for name, _ in model.named_modules() if re.fullmatch(rf"model\.vision_tower\.{part}\.(layernorm|dense)", name)]
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=r"model\.vision_tower.*\.(fc1|fc2)" + r"|.*v_proj" * (kind == "vit"),
+                                                       modules_to_save=whole)).eval()
+    randomise(model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    keys = [key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors") if f".{part}." in key]
+    assert any("lora_" in key for key in keys) == (kind == "siglip") and any("lora_" not in key for key in keys)
+    checkpoint, ours = logits(tmp_path, tmp_path / "adapter")
+    assert f"of the vision tower that LLaVA does not read is left out: model.vision_tower.{part}." in capsys.readouterr().err
+    assert not checkpoint.changed
+    theirs = pefts_logits(model, checkpoint)[..., :ours.shape[-1]]
+    assert np.abs(ours - theirs).max() < 2e-5 * np.abs(theirs).max()
+    plain = logits(tmp_path, None)[1]
+    assert np.abs(ours - plain).max() > 1e-2 * np.abs(plain).max(), "the adapter does nothing"
 
 
 def test_the_names_of_earlier_versions_are_the_same_adapter(saved, tmp_path):
