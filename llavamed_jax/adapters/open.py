@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llavamed_jax.adapters import peft, peft_config, plain_base
+from llavamed_jax.adapters import peft, peft_config, plain_base, tables
 from llavamed_jax.checkpoints import hub
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.model_config import kind_of, tree_root
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG
+from llavamed_jax.checkpoints.tree import reference
 from llavamed_jax.config import PRESET
+from llavamed_jax.config.adapter import is_factor
 from llavamed_jax.config.hf import llava_from_hf
 from llavamed_jax.errors import UserError, exists, short, some, warn_once
 from llavamed_jax.utils.files import read_json
@@ -46,7 +48,33 @@ def open_model(path: str | Path, vision_tower: str | Path | None = None,
         return plain_base.open_joined(Path(base), directory, tower)
     checkpoint = open_checkpoint(base, vision_tower)
     _warn_of_other_settings(checkpoint, directory)
+    _warn_of_another_tokenizer(checkpoint, directory)
+    if has_own_base(checkpoint):
+        return _in_place_of_its_own(checkpoint, directory)
     return peft.apply(checkpoint, directory)
+
+
+def has_own_base(checkpoint: Checkpoint) -> bool:
+    """Returns whether a checkpoint is the step of a run that trained an adapter over a base which the run copied."""
+    return (checkpoint.config.adapter is not None and checkpoint.step is not None
+            and checkpoint.adapter_directory is None and reference.path(checkpoint.directory) is None)
+
+
+def _in_place_of_its_own(run: Checkpoint, adapter: Path) -> Checkpoint:
+    """Returns a run's base with another adapter in place of the run's own, which may be the same.
+
+    Raises:
+      UserError: as `peft.apply`; the run trained a whole tensor that the adapter lacks, so that its base is gone.
+    """
+    tensors = {name: tensor for name, tensor in run.tensors.items() if not is_factor(name)}
+    base = run.replace(config=run.config.replace(adapter=None), tensors=tensors, changed=frozenset())
+    found = peft.apply(base, adapter)
+    if lacking := sorted(run.changed - found.changed):
+        raise UserError(f"{adapter} lacks {some(lacking, 3)}, which the run {run.directory} trained beside an adapter "
+                        "of its own; the adapter of that run (convert export-lora), or a model without an adapter, "
+                        "was expected")
+    warn_once(f"{adapter} is taken in place of the adapter that the run {run.directory} trained")
+    return found
 
 
 def _warn_of_other_settings(checkpoint: Checkpoint, adapter: Path) -> None:
@@ -68,6 +96,14 @@ def _warn_of_other_settings(checkpoint: Checkpoint, adapter: Path) -> None:
     if other:
         warn_once(f"{file} has {some(other, 5)}, which the base {checkpoint.directory} has not; the base's settings "
                   "are applied, where LLaVA applies the adapter's")
+
+
+def _warn_of_another_tokenizer(checkpoint: Checkpoint, adapter: Path) -> None:
+    """Warns of tokens of an adapter's own tokenizer that the base's lacks, since the base's is taken."""
+    if other := tables.other_tokens(checkpoint, adapter):
+        warn_once(f"{adapter} has a tokenizer of its own with {some(other, 3)}, where that of the base "
+                  f"{checkpoint.directory} has other tokens or none; the base's is taken, and --tokenizer {adapter} "
+                  "takes the adapter's")
 
 
 def _is_adapter(path: str | Path) -> bool:

@@ -34,8 +34,7 @@ def check_rows(where: str, rows: int, checkpoint: Checkpoint, adapter: Path) -> 
     own = checkpoint.config.decoder.vocab_size
     if rows == own:
         return
-    files = checkpoint.files if rows < own else {
-        name: adapter / name for name in TOKENIZERS if (adapter / name).is_file()}
+    files = checkpoint.files if rows < own else _own_files(adapter)
     needed = _tokens(files)
     if needed is None and abs(rows - own) >= _FILLED:
         raise UserError(f"{where} has {rows} rows; {own}, as this model has, was expected, or a few more or fewer, as "
@@ -44,6 +43,28 @@ def check_rows(where: str, rows: int, checkpoint: Checkpoint, adapter: Path) -> 
         whose = "model" if rows < own else "adapter"
         raise UserError(f"{where} has {rows} rows, this model's table has {own}, and the tokenizer of the {whose} has "
                         f"{needed} tokens; a row for each token was expected in both")
+
+
+def other_tokens(checkpoint: Checkpoint, adapter: Path) -> list[str]:
+    """Returns special tokens of an adapter's own tokenizer whose ids are others in the base's; [] without one.
+
+    Args:
+      checkpoint: the base.
+      adapter: the adapter's directory.
+    """
+    ours, theirs = (next((files[name] for name in TOKENIZERS if name in files), None)
+                    for files in (checkpoint.files, _own_files(adapter)))
+    if theirs is None:
+        return []
+    theirs = Tokenizer.load(theirs)
+    ours = None if ours is None else Tokenizer.load(ours)
+    known = ours.vocab_size if ours else 0
+    found = [(theirs.token_of(i), i < known and ours.token_of(i)) for i in range(_needed(theirs))]
+    return [token for token, own in found if token is not None and token != own]
+
+
+def _own_files(adapter: Path) -> dict[str, Path]:
+    return {name: adapter / name for name in TOKENIZERS if (adapter / name).is_file()}
 
 
 def fitted(name: str, tensor: Tensor, base: Tensor) -> Tensor:
@@ -89,9 +110,10 @@ def _tokens(files: Mapping[str, Path]) -> int | None:
     None without a tokenizer.
     """
     file = next((files[name] for name in TOKENIZERS if name in files), None)
-    if file is None:
-        return None
-    tokenizer = Tokenizer.load(file)
+    return None if file is None else _needed(Tokenizer.load(file))
+
+
+def _needed(tokenizer: Tokenizer) -> int:
     needed = tokenizer.vocab_size
     while needed and tokenizer.token_of(needed - 1) in (IMAGE, PAD):
         needed -= 1

@@ -285,7 +285,8 @@ def test_targets_that_match_nothing_are_named():
 # ---- runs
 
 
-RUN = {"lora.rank": 3, "lora.alpha": 6, "lora.dropout": 0.2, "trainable": '["decoder/.*_lora_[ab]","projector/.*"]',
+RUN = {"lora.rank": 3, "lora.alpha": 6, "lora.dropout": 0.2, "trainable": '["(decoder|vision_tower)/.*_lora_[ab]","projector/.*"]',
+       "lora.targets": '["decoder/layers_.+/.*_proj","vision_tower/layers_.+/self_attn/q_proj"]',
        "optimizer.learning_rate": 1e-2, "micro_batches": 2, "mesh.data": 2, "mesh.fsdp": 1}
 
 
@@ -305,11 +306,12 @@ def test_a_run_stores_factors_and_projector_and_names_its_base(run):
     assert record["checkpoint"] == str(start) and list(record["sha256"]) == ["base/manifest.json"]
     checkpoint = open_checkpoint(folder / "run")
     factors = [name for name in checkpoint.tensors if is_factor(name)]
-    assert len(factors) == 2 * 7 and checkpoint.changed == {name for name in checkpoint.tensors if name.startswith("projector/")}
+    assert len(factors) == 2 * (7 + 2) and checkpoint.changed == {name for name in checkpoint.tensors if name.startswith("projector/")}
     base = open_checkpoint(start)
     for name in base.tensors:
         assert np.array_equal(checkpoint.read(name), base.read(name)) != name.startswith("projector/"), name
-    assert all(np.any(checkpoint.read(name)) for name in factors)
+    unused = {f"vision_tower/layers_1/self_attn/q_proj/kernel_lora_{x}" for x in "ab"}  # no step has them, nor has the base
+    assert {name for name in factors if not np.any(checkpoint.read(name))} == unused < {*checkpoint.unused}
     assert [line["step"] for line in log_lines(folder / "run") if "loss" in line] == list(range(1, 9))
 
 
@@ -387,15 +389,29 @@ def test_a_merged_run_answers_as_the_run(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_base_without_files_is_copied(run, tmp_path):
-    """Of a preset, and of another run's step, which that run may delete."""
+def test_a_base_without_files_is_copied(run, tmp_path, capsys):
+    from llavamed_jax.cli.convert import main
+    """Of a preset, and of another run's step, which that run may delete; its adapter alone is opened over the run."""
     folder, start = run
     full = tmp_path / "full"
     assert fit(shrunk(start, folder, **{"total_steps": 1, "mesh.data": 2, "mesh.fsdp": 1}), full)
     assert fit(shrunk(full, folder, **RUN | {"total_steps": 1}), tmp_path / "run")
     assert (tmp_path / "run" / "base" / "manifest.json").is_file() and not (tmp_path / "run" / "base.json").exists()
     shutil.rmtree(full)
-    assert open_checkpoint(tmp_path / "run").step == 1
+    checkpoint = open_checkpoint(tmp_path / "run")
+    assert checkpoint.step == 1
+    assert main(["export-lora", "--base", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert "names the run itself, which PEFT cannot open; --base_name" in capsys.readouterr().out
+    for opened in (open_model(tmp_path / "out"), open_model(tmp_path / "run", adapter=tmp_path / "out")):
+        assert opened.changed == checkpoint.changed and opened.adapter_directory == tmp_path / "out"
+        for name in checkpoint.tensors:
+            np.testing.assert_array_equal(opened.read(name), checkpoint.read(name), err_msg=name)
+    other = tmp_path / "other"
+    peft_write.write(checkpoint.replace(changed=frozenset()), other)
+    with pytest.raises(UserError, match="lacks projector/linear_0/bias, .* which the run .* trained beside an adapter of its own"):
+        open_model(tmp_path / "run", adapter=other)
+    with pytest.raises(UserError, match="has an adapter already"):
+        open_model(folder / "run", adapter=other)  # whose base is at hand
 
 
 def test_a_run_from_an_adapter_or_with_bad_targets_is_refused(run, tmp_path):

@@ -101,6 +101,19 @@ def test_a_token_without_a_row_is_one_sentence(case, rows, sentence, tmp_path):
         open_model(base, adapter=cut(root / "adapter", tmp_path / "cut", rows))
 
 
+@pytest.mark.parametrize("added, is_said", [({"<lesion>": 1024, "<organ>": 1025}, True), ({"<image>": 1024, "<pad>": 1025}, False), ({}, False)])
+def test_an_adapters_own_tokens_are_said_where_every_one_has_a_row(case, tmp_path, capsys, added, is_said):
+    root, _, _ = case
+    base = base_of(1088, tmp_path)
+    more = with_tokenizer(random_checkpoint(config()), tmp_path / "more", {"legacy": True}, added=added)
+    assert more.files
+    adapter = cut(root / "adapter", tmp_path / "cut", 1088, tmp_path / "more")
+    open_model(base, adapter=adapter)
+    said = capsys.readouterr().err
+    assert (f"{adapter} has a tokenizer of its own with <lesion>, <organ>, where that of the base {base} has" in said) == is_said
+    assert (f"--tokenizer {adapter} takes the adapter's" in said) == is_said
+
+
 def test_tokens_of_the_adapters_own_tokenizer_need_rows(case, tmp_path):
     root, base, _ = case
     added = with_tokenizer(random_checkpoint(config()), tmp_path / "more", {"legacy": True}, added={"<lesion>": 1024, "<organ>": 1025})

@@ -49,7 +49,7 @@ def read_base(root: Path) -> dict[str, Tensor]:
         differs.
     """
     if (root / reference.FILE).is_file():
-        return reference.read(root, read_base)
+        return reference.read(root, read_base) | reference.unused_factors(tree_config(root))
     directory = root / "base"
     tensors = read_safetensors(directory)
     if not (directory / MANIFEST).is_file():

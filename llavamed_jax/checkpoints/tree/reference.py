@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
-from llavamed_jax.checkpoints import hub
+import numpy as np
+
+from llavamed_jax.checkpoints import hub, names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.identity import origin
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.open import open_torch
+from llavamed_jax.config import LlavaConfig
 from llavamed_jax.config.adapter import is_factor
 from llavamed_jax.errors import UserError, some
 from llavamed_jax.utils.buckets import is_local_copy
@@ -36,7 +39,8 @@ def is_referred(checkpoint: Checkpoint, without: Container[str]) -> bool:
     """
     if checkpoint.config.adapter is None or checkpoint.directory is None:
         return False
-    if any(is_factor(name) and name not in without for name in checkpoint.tensors):
+    unused = {*checkpoint.unused}  # no step has factors of layers that the model does not compute with
+    if any(is_factor(name) and name not in without and name not in unused for name in checkpoint.tensors):
         return False
     if is_local_copy(checkpoint.directory):  # of a bucket: another machine would not find it
         return False
@@ -91,6 +95,14 @@ def read(root: Path, of_tree: Callable[[Path], Mapping[str, Tensor]]) -> dict[st
         raise UserError(f"{directory}, the base of the run in {root}, has changed since the run was started: "
                         f"{some(differing)}; the same files as then were expected")
     return {name: tensor.widened() for name, tensor in tensors.items() if not is_factor(name)}
+
+
+def unused_factors(config: LlavaConfig) -> dict[str, Tensor]:
+    """Returns zeros for the factors of the tower's unused layers, which neither the base nor a step of a run has."""
+    specs = names.specs(config)
+    shapes = {name: specs[name].shape for name in names.unused_names(config) if is_factor(name)}
+    return {name: Tensor(shape, np.dtype(np.float32), lambda shape=shape: np.zeros(shape, np.float32))
+            for name, shape in shapes.items()}
 
 
 def path(root: Path) -> str | None:
