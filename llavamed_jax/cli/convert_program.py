@@ -14,9 +14,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llavamed_jax.adapters import peft_write
+from llavamed_jax.adapters import peft_write, vllm
 from llavamed_jax.adapters.lora import merged
-from llavamed_jax.adapters.open import open_model
+from llavamed_jax.adapters.open import has_own_base, open_model
 from llavamed_jax.checkpoints.assemble.build import build, with_projector
 from llavamed_jax.checkpoints.assemble.delta import apply_delta, make_delta
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from llavamed_jax.checkpoints.export.directory import export
 from llavamed_jax.checkpoints.gguf.directory import import_decoder
 from llavamed_jax.checkpoints.model_config import text_files
 from llavamed_jax.checkpoints.tensor import Tensor
+from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG
 from llavamed_jax.checkpoints.torch.write import total_bytes
 from llavamed_jax.cli import convert_quantize
 from llavamed_jax.cli.common import Parser
@@ -282,6 +283,11 @@ def _export_lora(args: argparse.Namespace) -> None:
     checkpoint = _open_with_adapter(args)
     written = peft_write.write(checkpoint, args.out, args.layout, args.base_name)
     print(f"wrote {len(written)} tensors to {args.out}")
+    if args.base_name is None and has_own_base(checkpoint):
+        print(f"{ADAPTER_CONFIG} names the run itself, which PEFT cannot open; --base_name with the model that the run "
+              "began with was expected if the adapter is for PEFT")
+    if args.layout == "transformers" and (reason := vllm.refuses(read_json(Path(args.out) / ADAPTER_CONFIG))):
+        print(reason)
 
 
 def _inspect_flags(parser: argparse.ArgumentParser) -> None:
