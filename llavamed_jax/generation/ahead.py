@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llavamed_jax.config import LlavaConfig
+from llavamed_jax.config.adapter import is_derived
 from llavamed_jax.generation.engine import STEPS, Engine
 from llavamed_jax.generation.programs import Made, Programs
 from llavamed_jax.generation.requests import Request
@@ -39,6 +41,18 @@ def _read(made: Made) -> Made:
     return nothing.replace(is_done=np.ones_like(nothing.is_done))
 
 
+def weights(cfg: LlavaConfig, dtype) -> dict:
+    """Returns the weights as shapes, in the dtypes that `checkpoints.load.load_params` gives them.
+
+    Args:
+      cfg: the model's shapes; it may have an adapter.
+      dtype: of all weights but the scales of an adapter, which are float32.
+    """
+    flat = flatten_dict(abstract_params(cfg), sep="/")
+    return unflatten_dict({name: jax.ShapeDtypeStruct(x.shape, np.float32 if is_derived(name) else dtype)
+                           for name, x in flat.items()}, sep="/")
+
+
 def compile_ahead(cfg: LlavaConfig, dtype, batches: Sequence[Sequence[Request]], batch_size: int,
                   cache_dtype=None) -> None:
     """Compiles what an engine needs for batches of requests, on one device and without rounded kernels.
@@ -50,7 +64,7 @@ def compile_ahead(cfg: LlavaConfig, dtype, batches: Sequence[Sequence[Request]],
       batch_size: the most rows that are decoded together.
       cache_dtype: of keys and values in the cache, such as int8; None is `dtype`.
     """
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(cfg))
-    engine = Engine(cfg, params, dtype, batch_size=batch_size, programs=Ahead(cfg, dtype, None, STEPS, cache_dtype))
+    programs = Ahead(cfg, dtype, None, STEPS, cache_dtype)
+    engine = Engine(cfg, weights(cfg, dtype), dtype, batch_size=batch_size, programs=programs)
     for requests in batches:
         engine.generate(requests)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from llavamed_jax.assistant import computation_dtype
+from llavamed_jax.checkpoints import hub
+from llavamed_jax.checkpoints.model_config import tree_root
+from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG
+from llavamed_jax.checkpoints.tree import reference
+from llavamed_jax.config.hf import is_packed
 from llavamed_jax.errors import UserError
 from llavamed_jax.generation.ahead import compile_ahead
 from llavamed_jax.generation.requests import Request
 from llavamed_jax.processor import Processor
+from llavamed_jax.utils.files import read_json
 
 NEW_TOKENS = 2
 _TEXT, _IMAGE = {"type": "text", "text": "?"}, {"type": "image", "image": Image.new("RGB", (64, 64))}
@@ -50,6 +57,16 @@ def warm_up(model, stage: Callable[[str], None] = lambda words: None) -> None:
         model.engine.generate(requests)
 
 
+def _has_other_weights(path: str) -> bool:
+    """Returns whether a PATH is an adapter in another layout, or has kernels of few bits, as a run's base may have."""
+    directory = hub.local(path, weights=False, may_be_bucket=True)
+    root = tree_root(directory)
+    base = Path(reference.path(root) or root)
+    file = base / "config.json"
+    return ((directory / ADAPTER_CONFIG).is_file() and not (root / "model").is_dir()
+            or file.is_file() and is_packed(read_json(file)))
+
+
 def compile_while_loading(path: str, batch_size: int, dtype=None, tokenizer=None, template=None, kv_cache=None) -> bool:
     """Compiles the programs of the first requests from a checkpoint's config, while its weights are loaded elsewhere.
 
@@ -64,11 +81,12 @@ def compile_while_loading(path: str, batch_size: int, dtype=None, tokenizer=None
       kv_cache: as of `load`.
 
     Returns:
-      Whether it was done; False if the checkpoint cannot be read, about which `load` says more.
+      Whether it was done; False if the config does not tell the shapes of the weights, and if the checkpoint cannot be
+      read, about which `load` says more.
     """
     try:
         processor = Processor.load(path, template=template, tokenizer=tokenizer)
-        if processor.config is None:
+        if processor.config is None or _has_other_weights(path):
             return False
         batches = list(first_requests(processor, batch_size).values())
     except UserError:
