@@ -175,7 +175,7 @@ def check_model(job: Mapping[str, Any]) -> None:
     """Raises UserError or UsageError if the model's config cannot be read. Needs no separate process."""
     config = job["config"]
     if "checkpoint" in job:
-        programs.shapes_of(job["checkpoint"], vision_tower=job["vision_tower"])
+        programs.shapes_of(job["checkpoint"], vision_tower=job["vision_tower"], adapter=job.get("adapter"))
         programs.few_bits_of(job["checkpoint"], job.get("quantize"), job["vision_tower"], job.get("adapter"))
     else:
         programs.shapes_of(config["init"], config["name"], config["vision_tower"], tokenizer=config.get("tokenizer"))

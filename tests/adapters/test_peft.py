@@ -294,6 +294,8 @@ def test_llavas_adapter_over_a_plain_language_model(saved, tmp_path, weights):
                for name, spec in names.decoder_specs(whole.config.decoder).items()}, base / "model.safetensors")
     tower = hf.transformers.CLIPVisionModel(hf.transformers.CLIPVisionConfig(**hf.VISION))
     tower.save_pretrained(tmp_path / "tower")
+    from llavamed_jax.preflight.compile import check_model
+    check_model({"config": {}, "checkpoint": str(base), "vision_tower": None, "adapter": str(adapter)})
     found = open_model(base, adapter=adapter)
     assert found.tensors.keys() == whole.tensors.keys() and found.config.decoder == whole.config.decoder
     assert open_model(adapter).changed == found.changed == whole.changed  # it finds the base beside it
