@@ -75,6 +75,19 @@ def test_attention_over_it_is_attention_over_what_it_stands_for(T, window):
     assert attention(*half, mask, "xla", k_scale, v_scale).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("dtype, most", [(jnp.float16, 1e-3), (jnp.bfloat16, 8e-3)])
+def test_small_values_are_as_exact_as_their_dtype(dtype, most):
+    """A weight times the scale of small values is below float16's normal numbers."""
+    q, k, v = random(2, 2, 1, 4, 8), random(3, 2, 2, 64, 8), 0.01 * random(4, 2, 2, 64, 8)
+    mask = AttentionMask(jnp.full((2, 1), 63), jnp.broadcast_to(jnp.arange(64), (2, 64)))
+    (k8, k_scale), (v8, v_scale) = rounded(k), rounded(v)
+    q = np.asarray(jnp.asarray(q, dtype), np.float32)
+    expected = attention(q, k8 * k_scale, v8 * v_scale, mask)
+    got = attention(jnp.asarray(q, dtype), k8.astype(np.int8), v8.astype(np.int8), mask, "xla", k_scale, v_scale)
+    assert got.dtype == dtype
+    assert np.abs(np.asarray(got, np.float32) - expected).max() < most * np.abs(expected).max()
+
+
 @pytest.fixture(scope="module")
 def params():
     return random_params(CFG, seed=3)

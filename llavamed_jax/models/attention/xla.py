@@ -38,9 +38,12 @@ def xla_attention(q, k, v, mask, k_scale=None, v_scale=None):
     if mask is not None:
         scores = jnp.where(mask.dense()[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
+    dtype = v.dtype
     if v_scale is not None:
         weights *= _over_keys(v_scale)
-    context = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v)
+        if dtype == jnp.float16:  # has no normal numbers for a small weight times a small scale
+            v = v.astype(jnp.float32)
+    context = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v).astype(dtype)
     return context.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
