@@ -16,7 +16,7 @@ from benchmarks import emulators
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.utils import bucket_lock, buckets, hashes, paths
 from llavamed_jax.utils.bucket_lock import BucketLock, Taken
-from llavamed_jax.utils.buckets import Bucket, Missing
+from llavamed_jax.utils.buckets import Bucket, Missing, Refused
 from tests.support import stores
 
 MODULES = dict(buckets._MODULES)  # which the store in memory replaces
@@ -190,6 +190,7 @@ def test_answers_that_refuse(scheme, status, sentence, monkeypatch):
             Bucket(f"{scheme}://bucket/x").entries()
     server.shutdown()
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{scheme}://bucket/x cannot be read")
+    assert isinstance(caught.value, Refused) == (status != 400)  # which a run does not try again
 
 
 def test_missing_credentials_of_s3(monkeypatch, tmp_path):
