@@ -38,9 +38,34 @@ def products(module: nn.Module, block: str, x, widths: Sequence[int]) -> list[ja
     name, parts = PARTS[block]
     of = {part: (module.cfg.axes(f"{block}/{part}"), module.cfg.has_bias(f"{block}/{part}")) for part in parts}
     if not module.has_variable("params", name):
-        return [Linear(F, *of[part], module.dtype, name=part)(x) for F, part in zip(widths, parts, strict=True)]
+        return [Linear(F, *of[part], module.dtype, name=part)(given)
+                for F, part, given in zip(widths, parts, shared(x, len(parts)), strict=True)]
     y = Linear(sum(widths), *of[parts[0]], module.dtype, name=name)(x)
     return jnp.split(y, np.cumsum(widths)[:-1], axis=-1)
+
+
+def shared(x, users: int) -> list[jax.Array]:
+    """Returns x once for each user; the gradients of the users are summed from the last to the first.
+
+    Each gradient is the first operand of a sum, and what has been summed so far the second. So XLA for GPUs lets each
+    product of the backward pass add to that sum; in JAX's order it leaves the last of three to other kernels.
+
+    Args:
+      x: an array.
+      users: how many times it is used.
+    """
+    if users == 1:
+        return [x]
+    first, others = _twice(x)
+    return [first, *shared(others, users - 1)]
+
+
+@jax.custom_vjp
+def _twice(x):
+    return x, x
+
+
+_twice.defvjp(lambda x: ((x, x), None), lambda _, by: (by[0] + by[1],))
 
 
 def join(layer: Mapping[str, Any]) -> dict[str, Any]:

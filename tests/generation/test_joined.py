@@ -148,3 +148,20 @@ def test_all_programs_of_generation_have_the_engines_flags(monkeypatch):
     BeamSearch(Engine(CFG, params, batch_size=4))
     assert seen == dict.fromkeys(["_encode", "_take", "_fill", "_put", "_decode", "_resize", "_release", "_scrub", "_prefill_batch",
                                   "_decode_steps"], flags)
+
+
+@pytest.mark.parametrize("users", [1, 2, 3])
+def test_the_gradients_of_an_input_that_is_shared_are_summed_each_to_those_of_the_later_users(users):
+    """In this order XLA for GPUs makes each sum a part of a product; its value is that of any order, to the rounding of a sum."""
+    rng = np.random.default_rng(0)
+    x, *kernels = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in [(5, 8), *[(8, 4)] * users])
+    ours = lambda x: sum(jnp.sin(y @ kernel).sum() for y, kernel in zip(joined.shared(x, users), kernels, strict=True))
+    wanted = jax.grad(lambda x: sum(jnp.sin(x @ kernel).sum() for kernel in kernels))(x)
+    np.testing.assert_allclose(jax.grad(ours)(x), wanted, rtol=0, atol=1e-6)
+    equations = jax.make_jaxpr(jax.grad(ours))(x).eqns
+    made = {id(out): e for e in equations for out in e.outvars}
+    sums = [e for e in equations if e.primitive.name in ("add", "add_any") and e.outvars[0].aval.shape == x.shape]
+    assert len(sums) == users - 1
+    for i, each in enumerate(sums):
+        product, before = (made[id(operand)] for operand in each.invars)
+        assert product.primitive.name == "dot_general" and (before is sums[i - 1] if i else before.primitive.name == "dot_general")
