@@ -5,6 +5,7 @@ Axis letters: B rows, T positions, I images a row, M micro-batches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,9 +27,9 @@ LossFn = Callable[[dict, Batch], tuple[jax.Array, jax.Array]]
 
 DROPOUT = "dropout"  # a batch's random key
 MODEL_INPUTS = ("input_ids", "labels", "positions", "segment_ids", "pixel_values")
-# If the norm of an update is this much smaller than the parameters' norm, the update moves nothing, since float32 holds
-# seven digits: only parameters that were exactly 0 change.
-STILL = 1e-12
+# If an update changes the parameters by less than this (root mean square), it moves nothing, since float32 holds seven
+# digits: only parameters that were exactly 0 change.
+STILL = 1e-14
 
 
 def llava_loss(model: Llava, weighting: str = "token") -> LossFn:
@@ -69,7 +70,7 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
     Returns:
       (state, batch) -> (state, metrics). The old state is donated: do not use it again. Metrics are float32 scalars:
       `loss` (the mean of tokens, or of the means of samples), `tokens` (supervised), `grad_norm` (before clipping),
-      `learning_rate`, `moved` (0 if the update was less than `STILL` of the parameters), `skipped` (1 if the loss, or
+      `learning_rate`, `moved` (0 if the update was below `STILL`), `skipped` (1 if the loss, or
       the norm of the gradient or of the update, was not finite). If loss or gradient were not finite, parameters and
       optimizer stay as they were. If only the update was not, the numbers that would not be finite stay, with their
       moments, and so do the optimizer's counters.
@@ -85,25 +86,25 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
         if weighting == "sample":
             tokens, divisor = num_supervised(batch["labels"], batch["segment_ids"]), num_samples(batch["segment_ids"])
         grads = jax.tree.map(lambda g: g / jnp.maximum(divisor, 1.0), grads)
-        # Both norms come before the update: what the update waits for cannot be fused with it, and XLA would copy
-        # parameters that a kernel sums and replaces.
-        grad_norm, size = jax.lax.optimization_barrier((optax.tree.norm(grads), optax.tree.norm(state.trainable)))
+        grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(total) & jnp.isfinite(grad_norm)
 
-        # From here on one pass over the state computes, chooses, sums and writes. A finite gradient may overflow in the
-        # optimizer, which would ruin all later updates: a number that would overflow stays as it was, with its moments.
+        # From here on one pass over the state computes, chooses, sums and writes; with a second sum XLA makes it two.
+        # A finite gradient may overflow in the optimizer, which would ruin all later updates: a number that would
+        # overflow stays as it was, with its moments.
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         moved = optax.apply_updates(state.trainable, updates)
         is_taken = jax.tree.map(lambda x: is_finite & jnp.isfinite(x), moved)
         trainable = jax.tree.map(jnp.where, is_taken, moved, state.trainable)
         change = optax.tree.norm(jax.tree.map(jnp.subtract, moved, state.trainable))
+        still = STILL * math.sqrt(sum(x.size for x in moved.values()))
         is_whole = is_finite & jnp.isfinite(change)
         opt_state = jax.tree.map(jnp.where, optimizers.like_state(optimizer, opt_state, is_taken, is_whole), opt_state,
                                  state.opt_state)
 
         metrics = dict(loss=total / jnp.maximum(count, 1.0), tokens=tokens, grad_norm=grad_norm,
                        learning_rate=schedule(state.step - state.skipped),
-                       moved=(change > STILL * size).astype(jnp.float32), skipped=1.0 - is_whole)
+                       moved=(change > still).astype(jnp.float32), skipped=1.0 - is_whole)
         state = state.replace(step=state.step + 1, skipped=state.skipped + (1 - is_whole.astype(jnp.int32)),
                               trainable=trainable, opt_state=opt_state)
         return state, metrics
