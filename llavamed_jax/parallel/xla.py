@@ -20,7 +20,9 @@ FLAGS: dict[str, dict[str, dict[str, bool | int | str]]] = {
         # writes its own slice.
         # Gradients whose shards have this many bytes or more are summed and scattered by themselves, as soon as they
         # are there; XLA would wait for the last ones of a layer.
-        UPDATE: {"xla_gpu_memory_limit_slop_factor": 115,
+        # XLA lets collectives run beside kernels by itself on Hopper only.
+        UPDATE: {"xla_gpu_memory_limit_slop_factor": 150,
+                 "xla_gpu_enable_latency_hiding_scheduler": True,
                  "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
                  "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**20},
         # Products of one input with kernels of fewer MB are merged, for which the kernels are copied into one in every

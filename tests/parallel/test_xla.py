@@ -6,7 +6,7 @@ from llavamed_jax.parallel import xla
 
 
 def test_each_platform_has_its_own():
-    assert xla.options("gpu", xla.UPDATE)["xla_gpu_memory_limit_slop_factor"] == 115
+    assert xla.options("gpu", xla.UPDATE)["xla_gpu_memory_limit_slop_factor"] == 150
     assert set(xla.options("gpu", xla.ENGINE)) == {"xla_gpu_dot_merger_threshold_mb"}
     assert set(xla.options("tpu", xla.UPDATE)) == {"xla_jf_spmd_threshold_for_windowed_einsum_mib"}
     assert xla.options("tpu", xla.ENGINE) is xla.options("cpu", xla.UPDATE) is xla.options("metal", xla.ENGINE) is None
