@@ -50,7 +50,7 @@ class Llava(nn.Module):
       cfg: the model's shapes.
       dtype: dtype of the computation; parameters are cast to it at use.
       scan: stacked parameters (`layers`, leading axis L) and scanned layers, for training; else `layers_{i}`.
-      remat: `none`, `full`, `qkvo` or `minimal` (models/stacking.py).
+      remat: `none`, `full`, `qkvo`, `attention` or `minimal` (models/stacking.py).
       attention: the decoder's backend (`attention.backend_of`); `splash` is for whole rows only. The tower uses XLA's,
         or `flash` where the decoder does and the tower's heads have a width that it takes.
     """

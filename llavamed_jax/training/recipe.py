@@ -174,7 +174,7 @@ SCHEMA: Mapping[str, Key] = MappingProxyType({
     "mesh.slices": _integer("the number of TPU slices", 1, more_than=0),
     "mesh.auto": _flag("picks data and fsdp from devices and memory", False),
     "remat": _text("what a layer keeps for its backward pass; auto picks by memory what computes least again", "auto",
-                   choices=("auto", "none", "full", "qkvo", "minimal")),
+                   choices=("auto", "none", "full", "qkvo", "attention", "minimal")),
     "compute": _open("the dtype of the computation; none takes bfloat16, on a CPU float32; fp8 is bfloat16 with the "
                      "products of the decoder's layers in FP8", choices=COMPUTED),
     "attention": _text("the attention kernel; auto picks it by device", "auto",

@@ -20,7 +20,7 @@ from llavamed_jax.pipeline.sizes import AUTO
 from llavamed_jax.training.program import Program
 from llavamed_jax.training.step import make_train_step
 
-ORDER = ("minimal", "qkvo", "full")  # values of remat, from the least arithmetic to the least memory
+ORDER = ("minimal", "attention", "qkvo", "full")  # values of remat, from the least arithmetic to the least memory
 _GIB = 2**30
 
 
@@ -41,7 +41,7 @@ class Settings:
 
 
 def candidates(cfg: ConfigDict, platform: str, parts: int, rows: int) -> list[Settings]:
-    """Returns the settings that a recipe allows, in the order in which they are tried: at most six, on a CPU one.
+    """Returns the settings that a recipe allows, in the order in which they are tried: at most eight, on a CPU one.
 
     Args:
       cfg: the recipe.

@@ -147,7 +147,7 @@ def test_help_config_lists_every_key_in_the_order_of_the_recipes(capsys, monkeyp
     for name in (line.partition(":")[0] for line in lines if not line.startswith(" ")):
         at += re.search(rf"\b{name.rpartition('.')[2]}\s*=", source[at:]).end()
     text = " ".join(line.strip() for line in lines)
-    for wanted in ("remat: auto or none or full or qkvo or minimal; default auto what a layer keeps", "init: text; required the checkpoint",
+    for wanted in ("remat: auto or none or full or qkvo or attention or minimal; default auto what a layer keeps", "init: text; required the checkpoint",
                    "optimizer.b1: number, 0 or more and less than 1; required", "data.skip_limit: number, 0 to 1; default 0.5",
                    "data.row_length: integer, 0 or more, at most 131,072; default 0", "protocol: clean or paper; default none",
                    "epochs: integer, more than 0, at most 10,000; default none", "name: text, at most 200 characters; required",

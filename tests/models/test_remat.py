@@ -58,12 +58,17 @@ def test_qkvo_keeps_what_attention_takes_and_gives(args):
     assert widths(kept(args, "qkvo")) == INPUT + QKVO
 
 
+def test_attention_keeps_the_sum_behind_it_too(args):
+    """The backward pass computes no product of attention again: it has o's output in that sum."""
+    assert widths(kept(args, "attention")) == INPUT + QKVO + Counter({D: 1})
+
+
 def test_minimal_keeps_every_product(args):
     """Attention's and gate's, up's and o's outputs; what the backward pass has no use for is not kept (down's output)."""
     assert widths(kept(args, "minimal")) == INPUT + QKVO + Counter({F: 2, D: 1})
 
 
-@pytest.mark.parametrize("remat", ["qkvo", "minimal"])
+@pytest.mark.parametrize("remat", ["qkvo", "attention", "minimal"])
 def test_queries_and_keys_are_kept_as_attention_takes_them(args, remat):
     """Rotated, heads before positions: the backward pass neither rotates nor transposes again."""
     assert Counter(kept(args, remat))[L, B, K, T, H] == 2 and (L, B, T, N, H) in kept(args, remat)
@@ -100,7 +105,7 @@ def kernels(jaxpr):
 
 
 @pytest.mark.parametrize("backend", ["splash", "flash"])
-@pytest.mark.parametrize("remat, forward", [("full", 2), ("qkvo", 1), ("minimal", 1)])
+@pytest.mark.parametrize("remat, forward", [("full", 2), ("qkvo", 1), ("attention", 1), ("minimal", 1)])
 def test_a_kernel_keeps_what_its_backward_kernels_need(args, backend, remat, forward):
     """`context` names the kernel's output and its log-sum-exp: with them kept, the forward kernel runs once."""
     found = list(kernels(jax.make_jaxpr(jax.grad(functools.partial(loss, remat, f"{backend}_interpreted")))(*args).jaxpr))

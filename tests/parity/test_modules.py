@@ -251,7 +251,7 @@ def unrolled_gradient():
     return cfg, stack(params), loss, stack(jax.tree.map(np.asarray, expected))
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "qkvo", "minimal"])
+@pytest.mark.parametrize("remat", ["none", "full", "qkvo", "attention", "minimal"])
 def test_scanned_and_rematerialised_gradients_equal_unrolled_ones(unrolled_gradient, remat):
     cfg, params, loss, expected = unrolled_gradient
     got = jax.jit(jax.grad(loss(llava.Llava(cfg, scan=True, remat=remat))))(params)

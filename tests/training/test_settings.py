@@ -25,19 +25,20 @@ def recipe(*overrides):
 
 def test_the_settings_go_from_the_least_arithmetic_to_the_least_memory():
     found = [(each.remat, each.micro_batches) for each in candidates(recipe(), "gpu", 1, 2)]
-    assert found == [("minimal", 1), ("minimal", 2), ("qkvo", 1), ("qkvo", 2), ("full", 1), ("full", 2)]
+    assert found == [(remat, number) for remat in ("minimal", "attention", "qkvo", "full") for number in (1, 2)]
     assert candidates(recipe(), "cpu", 1, 2) == [Settings("full", 1)]  # nothing is searched there
-    assert candidates(recipe("micro_batches=4"), "tpu", 4, 8) == [Settings(remat, 4) for remat in ("minimal", "qkvo", "full")]
+    assert candidates(recipe("micro_batches=4"), "tpu", 4, 8) == [Settings(remat, 4) for remat in ("minimal", "attention", "qkvo", "full")]
     assert candidates(recipe("remat=none"), "gpu", 1, 1) == [Settings("none", 1)]
     assert candidates(recipe("remat=qkvo"), "gpu", 1, 4) == [Settings("qkvo", 1), Settings("qkvo", 4)]
 
 
 def test_the_first_that_fits_is_taken_and_no_further_one_is_compiled():
     tried, said, compiled = candidates(recipe(), "gpu", 1, 2), [], []
-    peaks = dict(zip(tried, (60, 44, 28, 26, 24, 23), strict=True))
+    peaks = dict(zip(tried, (60, 44, 40, 38, 28, 26, 24, 23), strict=True))
     peak_of = lambda each: compiled.append(each) or peaks[each] * 2**30
-    assert first_that_fits(tried, peak_of, 37 * 2**30, said.append) == Settings("qkvo", 1) and compiled == tried[:3]
+    assert first_that_fits(tried, peak_of, 37 * 2**30, said.append) == Settings("qkvo", 1) and compiled == tried[:5]
     assert said == ["remat=minimal micro_batches=1: 60.0 of 37.0 GiB, too much", "remat=minimal micro_batches=2: 44.0 of 37.0 GiB, too much",
+                    "remat=attention micro_batches=1: 40.0 of 37.0 GiB, too much", "remat=attention micro_batches=2: 38.0 of 37.0 GiB, too much",
                     "remat=qkvo micro_batches=1: 28.0 of 37.0 GiB"]
     compiled.clear()
     assert first_that_fits(tried, peak_of, 2**30) == tried[-1] and compiled == tried[:-1]  # the last is not asked
@@ -62,14 +63,14 @@ def test_a_run_searches_once_and_keeps_what_it_found(small, tmp_path, monkeypatc
 
     def lowered(program, layout, number):
         asked.append((program.model.remat, number))
-        analysed = SimpleNamespace(memory_analysis=lambda: {"minimal": 99, "qkvo": 11 - number, "full": 1}[program.model.remat])
+        analysed = SimpleNamespace(memory_analysis=lambda: {"minimal": 99, "attention": 50, "qkvo": 11 - number, "full": 1}[program.model.remat])
         return SimpleNamespace(compile=lambda: analysed)
 
     monkeypatch.setattr(settings, "lowered", lowered)
     real = settings.candidates
     monkeypatch.setattr(settings, "candidates", lambda cfg, platform, parts, rows: real(cfg, "gpu", parts, rows))
     assert fit(cfg, tmp_path / "run")
-    assert asked == [("minimal", 1), ("minimal", 8), ("qkvo", 1)]
+    assert asked == [("minimal", 1), ("minimal", 8), ("attention", 1), ("attention", 8), ("qkvo", 1)]
     found = json.loads((tmp_path / "run/recipe.json").read_text())
     assert (found["recipe"]["remat"], found["recipe"]["micro_batches"]) == ("auto", "auto")
     assert (found["resolved"]["remat"], found["resolved"]["micro_batches"]) == ("qkvo", 1)
@@ -149,7 +150,7 @@ def test_other_micro_batches_have_the_same_rows(small):
 
 @pytest.mark.parametrize("override, words", [
     ("micro_batches=much", "auto or a number was expected"), ("micro_batches=0", "more than 0"), ("micro_batches=-2", "more than 0"),
-    ("micro_batches=2.5", "auto or a number"), ("micro_batches=", "auto or a number"), ("remat=best", "auto or none or full or qkvo or minimal")])
+    ("micro_batches=2.5", "auto or a number"), ("micro_batches=", "auto or a number"), ("remat=best", "auto or none or full or qkvo or attention or minimal")])
 def test_other_words_are_refused(override, words):
     from llavamed_jax.training import recipe as recipes
     with pytest.raises(UsageError, match=words):

@@ -163,7 +163,7 @@ class Decoder(nn.Module):
       cfg: the decoder's shapes.
       dtype: dtype of the computation.
       scan: whether layers are stacked and scanned, for training.
-      remat: `none`, `full`, `qkvo` or `minimal` (models/stacking.py).
+      remat: `none`, `full`, `qkvo`, `attention` or `minimal` (models/stacking.py).
       attention: attention backend (`attention.backend_of`).
       block: class of a layer.
       final_norm: class of the norm behind the layers.

@@ -171,7 +171,7 @@ class VisionTower(nn.Module):
       num_layers: number of blocks; the following blocks are left out.
       dtype: dtype of the computation.
       scan: whether layers are stacked and scanned, for training.
-      remat: `none`, `full`, `qkvo` or `minimal` (models/stacking.py).
+      remat: `none`, `full`, `qkvo`, `attention` or `minimal` (models/stacking.py).
       attention: attention backend (`attention.backend_of`); all but `flash` are `xla` here.
     """
 
