@@ -93,16 +93,26 @@ def _look_at(folder: Path, names: Collection[str], found: Found, is_first: bool)
 
 
 def asked_split(name: str, folder: Path, split: str) -> str:
-    """Returns the split to ask: `split`, or `validation` if the folder has a file of that split and none of `split`.
+    """Returns the split to ask: `split`, or `validation` if the folder has questions of that split and none of `split`.
 
     Args:
       name: the name of the set.
       folder: its folder.
       split: the split that is preferred.
     """
-    def is_there(split: str) -> bool:
-        return any(map(Path.is_file, detect.split_files(folder, split))) or bool(detect.parquet_files(folder, split))
-
     other = SPLITS[1]
-    is_other = split != other and other in SETS[name].splits and is_there(other) and not is_there(split)
+    is_other = (split != other and other in SETS[name].splits and has_split(name, folder, other)
+                and not has_split(name, folder, split))
     return other if is_other else split
+
+
+def has_split(name: str, folder: Path, split: str) -> bool:
+    """Returns whether a folder has questions of a split, in the layout of the set; False if its files are invalid."""
+    try:
+        if SETS[name].has_split:
+            return SETS[name].has_split(folder, split)
+        if SETS[name].files:
+            return any(map(Path.exists, SETS[name].files(folder, split)))
+    except (UserError, OSError):
+        return False
+    return any(map(Path.is_file, detect.split_files(folder, split))) or bool(detect.parquet_files(folder, split))

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from llavamed_jax.datasets import detect
-from llavamed_jax.datasets.parquet import read_parquet
+from llavamed_jax.datasets.parquet import image_folder, read_parquet
 from llavamed_jax.datasets.registry import SETS, DataSet
 from llavamed_jax.datasets.rows import WIDER_TYPES, Row, one_of
 from llavamed_jax.datasets.sample import CLOSED, OPEN, VqaSample
@@ -34,7 +34,8 @@ def read_hub(root: str | Path, split: str = "test", images: str | Path | None = 
     Args:
       root: the folder.
       split: `train`, `validation` or `test`.
-      images: the folder that the images are written to; None means `root/images`.
+      images: the folder that the images are written to; None means `root/images`, or the
+        user's cache if that cannot be written.
       language: keeps only rows of this language (column `q_lang` or `language`), or `all`. Files without such a column
         are taken to be English.
       name: the set that the rows have to belong to; `parquet` accepts any.
@@ -55,7 +56,7 @@ def read_hub(root: str | Path, split: str = "test", images: str | Path | None = 
     if not files:
         raise UserError(f"{root} holds no parquet file of the split {split}; {root / 'data' / f'{split}-*.parquet'} "
                         "was expected")
-    rows = read_parquet(files, ("question", "answer"), Path(images) if images else root / "images", _OPTIONAL)
+    rows = read_parquet(files, ("question", "answer"), image_folder(root, images), _OPTIONAL)
     samples = [_sample(Row(value, f"row {index} of the split {split} of {root}", "parquet"), f"{split}-{index}")
                for index, value in enumerate(rows)]
     samples = [sample for sample in samples if language in ("all", sample.language)]

@@ -147,6 +147,11 @@ def _files(root: Path, split: str) -> list[Path]:
     return [root / REPORTS, root / PROJECTIONS] if form == REPORTS else [root / form]
 
 
+def _has_split(root: Path, split: str) -> bool:
+    """Returns whether the layout has studies of a split: `annotation.json` states them, the others are divided here."""
+    return form_of(root) != ANNOTATION or bool(read_json(root / ANNOTATION).get(_KEYS[split]))
+
+
 DATA_SET = DataSet(
     name=NAME,
     label="IU X-Ray",
@@ -162,4 +167,5 @@ DATA_SET = DataSet(
                ("test", "R2Gen"): (590, None, None, None)},
     has_training_rows=True,
     files=_files,
+    has_split=_has_split,
 )

@@ -1,7 +1,8 @@
 """Reads MedFrameQA (Yu et al. 2025): the hub's parquet files, with two to five frames of a video a question.
 
 A row has `question_id`, `question`, `options`, `correct_answer` (a letter), `image_1` to `image_5`, `system`, `organ`
-and `modality`. There is one split, `test`.
+and `modality`, and may have `video_id`: the bootstrap draws questions about one video together. There is one split,
+`test`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llavamed_jax.datasets import detect
-from llavamed_jax.datasets.parquet import footer, read_parquet
+from llavamed_jax.datasets.parquet import footer, image_folder, read_parquet
 from llavamed_jax.datasets.published_choices import Questions, as_published, right_place, texts
 from llavamed_jax.datasets.registry import DataSet, ParquetSigns, Selection
 from llavamed_jax.datasets.rows import Row, one_of
@@ -18,7 +19,7 @@ from llavamed_jax.errors import UserError
 
 NAME, SPLITS = "medframeqa", ("test",)
 PICTURES = tuple(f"image_{number}" for number in range(1, 6))
-_COLUMNS, _MORE = ("question", "options", "correct_answer"), ("question_id", "organ", "modality", "system")
+_COLUMNS, _MORE = ("question", "options", "correct_answer"), ("question_id", "organ", "modality", "system", "video_id")
 
 
 def read_medframeqa(selected: Selection) -> list[VqaSample]:
@@ -33,7 +34,7 @@ def read_medframeqa(selected: Selection) -> list[VqaSample]:
     if not files:
         raise UserError(f"{root} holds no parquet file {root / 'data' / 'test-*.parquet'}{detect.hint(root, NAME)}")
     found = Questions(str(root))
-    rows = read_parquet(files, _COLUMNS, Path(selected.images) if selected.images else root / "images", _MORE, PICTURES)
+    rows = read_parquet(files, _COLUMNS, image_folder(root, selected.images), _MORE, PICTURES)
     for index, value in enumerate(rows):
         row = Row(value, f"row {index} of {root}", NAME)
         options = texts(row, "options")
@@ -42,7 +43,8 @@ def read_medframeqa(selected: Selection) -> list[VqaSample]:
         images = [row[name] for name in PICTURES if name in row]
         found.add(row, identity, images, as_published(row, "question"), options, lines,
                   right_place(row.text("correct_answer"), options), is_numbered=True,
-                  organ=row.labels("organ"), modality=row.labels("modality"))
+                  organ=row.labels("organ"), modality=row.labels("modality"),
+                  source=(row.text("video_id") or None) if "video_id" in row else None)
     return found.done()
 
 

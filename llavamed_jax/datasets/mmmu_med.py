@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llavamed_jax.datasets import detect
-from llavamed_jax.datasets.parquet import read_parquet
+from llavamed_jax.datasets.parquet import image_folder, read_parquet
 from llavamed_jax.datasets.published_choices import Questions, as_published, right_place, texts
 from llavamed_jax.datasets.registry import DataSet, Selection
 from llavamed_jax.datasets.rows import Row, one_of
@@ -57,7 +57,7 @@ def read_mmmu_med(selected: Selection) -> list[VqaSample]:
     """
     one_of("MMMU's split", selected.split, tuple(FILES))
     root = Path(selected.root)
-    folder = Path(selected.images) if selected.images else root / "images"
+    folder = image_folder(root, selected.images)
     found, answers = Questions(str(root)), _answers(root) if selected.split == "test" else {}
     for subject in SUBJECTS:
         files = _files(root, subject, selected.split)

@@ -8,7 +8,9 @@ rows have the same path if and only if they have the same image, in all splits.
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,35 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.utils import progress
 from llavamed_jax.utils.files import open_file
 from llavamed_jax.utils.hashes import sha256
+from llavamed_jax.utils.paths import user_cache
+
+log = logging.getLogger(__name__)
 
 _ROWS = 64  # rows that are in memory at a time, with their images
 _LARGE = 2000  # rows; from this number on, a progress bar is shown
 
 
-def read_parquet(files: Sequence[Path], columns: Sequence[str], images: Path,
+@dataclass(frozen=True)
+class Default:
+    """The folder that images are written to if the user names none. It lies beside the data and may be read-only."""
+
+    folder: Path
+
+
+def image_folder(root: Path, images: str | Path | None) -> Path | Default:
+    """Returns the folder that the images of parquet files are written to: `images`, or by default `root/images`."""
+    return Path(images) if images else Default(root / "images")
+
+
+def read_parquet(files: Sequence[Path], columns: Sequence[str], images: Path | Default,
                  optional: Sequence[str] = (), pictures: Sequence[str] = ("image",)) -> Iterator[dict[str, Any]]:
     """Reads the rows of files, one file after another.
 
     Args:
       files: the files. The values of their images are encoded bytes or, as on the hub, `{"bytes", "path"}`.
       columns: required columns without the images.
-      images: the folder that the images are written to, unless they are there already.
+      images: the folder that the images are written to, unless they are there already. If it is a `Default` that cannot
+        be written, they are written to `parquet_images` in the user's cache, with a warning.
       optional: columns that a file may have; rows have them only if their file does.
       pictures: the columns of the images. Every row has the first one; a row may lack the others.
 
@@ -108,9 +126,11 @@ def _first_line(error: Exception) -> str:
 class _Images:
     """Writes encoded images into a folder."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._last: tuple[bytes, Path] = (b"", folder)
+    def __init__(self, folder: Path | Default):
+        self._is_default = isinstance(folder, Default)
+        self._folder = folder.folder if isinstance(folder, Default) else folder
+        self._instead: Path | None = None
+        self._last: tuple[bytes, Path] = (b"", self._folder)
 
     def __call__(self, value: Any, name: str) -> Path:
         """Returns the path of an image; writes the file if it does not exist."""
@@ -122,13 +142,31 @@ class _Images:
         return self._last[1]
 
     def _written(self, data: bytes) -> Path:
-        path = self._folder / f"{sha256(data)[:32]}{_suffix(data)}"
+        name = f"{sha256(data)[:32]}{_suffix(data)}"
         try:
-            if not path.is_file() or path.stat().st_size != len(data):
-                save_whole(path, lambda file: file.write(data))
+            return self._put(self._folder / name, data)
         except OSError as error:
-            raise UserError(f"the images of parquet files cannot be written to {self._folder} ({error.strerror}); set "
-                            "data.images to another folder") from None
+            if not self._is_default:
+                raise UserError(f"the images of parquet files cannot be written to {self._folder} ({error.strerror}); "
+                                "set data.images to another folder") from None
+            first = error.strerror
+        try:
+            folder = user_cache() / "parquet_images"
+            path = self._put(folder / name, data)
+        except OSError as error:
+            raise UserError(f"the images of parquet files cannot be written to {self._folder} ({first}), nor to the "
+                            f"user's cache ({error.strerror or error}); another cache was expected in XDG_CACHE_HOME"
+                            ) from None
+        if self._instead is None:
+            self._instead = folder
+            log.warning("the images of parquet files cannot be written to %s (%s); they are written to %s",
+                        self._folder, first, folder)
+        return path
+
+    @staticmethod
+    def _put(path: Path, data: bytes) -> Path:
+        if not path.is_file() or path.stat().st_size != len(data):
+            save_whole(path, lambda file: file.write(data))
         return path
 
 

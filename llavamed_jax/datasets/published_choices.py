@@ -35,6 +35,8 @@ def right_place(answer: str, options: Sequence[str], answer_is: str = "") -> int
       options: the texts of the options.
       answer_is: "letter" or "text" if the set states which one it is; "" looks for a letter first.
     """
+    if not answer.strip():
+        return None
     letter = LETTERS.find(answer.strip().upper()) if len(answer.strip()) == 1 else -1
     if answer_is != "text" and 0 <= letter < len(options):
         return letter
@@ -124,6 +126,11 @@ def texts(row: Row, key: str) -> list[str]:
     return [Row({key: each}, row.name, "choices").text(key) for each in value]
 
 
+def folders_of(root: Path, images: str | Path | None, *names: str) -> list[Path]:
+    """Returns the folders of the images: `images`, or those of `names` in `root` that exist, or `root` itself."""
+    return [Path(images)] if images else [root / name for name in names if (root / name).is_dir()] or [root]
+
+
 def folder_of(root: Path, images: str | Path | None, *names: str) -> Path:
-    """Returns the folder of the images: `images`, or the first of `names` in `root` that exists, or `root` itself."""
-    return Path(images) if images else next((root / name for name in names if (root / name).is_dir()), root)
+    """Returns the first of `folders_of`."""
+    return folders_of(root, images, *names)[0]

@@ -81,6 +81,8 @@ class DataSet:
       read_whole: reads all rows of all splits once, for `data.held_out`; None if no two splits share images.
       files: returns the files with a split's questions, to be hashed; a folder stands for all files in it. None means
         the JSON files of the folder, or else its parquet files.
+      has_split: returns whether a folder has questions of a split; None means that one of the split's files exists.
+      use_training_rows: whether an evaluation reads the training rows if their files are there.
       is_conversations: whether training reads the rows as LLaVA records with any number of turns, and not as questions.
       parquet: the signs of the parquet files on the hub.
     """
@@ -101,6 +103,8 @@ class DataSet:
     has_training_rows: bool = False
     read_whole: Callable[[str | Path], list[VqaSample]] | None = None
     files: Callable[[Path, str], list[Path]] | None = None
+    has_split: Callable[[Path, str], bool] | None = None
+    use_training_rows: bool = False
     is_conversations: bool = False
     parquet: ParquetSigns | None = None
 

@@ -46,6 +46,7 @@ class VqaSample:
       right: for multiple choice, the index of the right option, if the set states it; None if `answer` tells it.
       lines: for multiple choice, the options as the prompt lists them; () means "A. …".
       is_placed: whether the images stand at the `<image>` markers of `question`. If not, they stand before the text.
+      source: what further questions may come from, such as a video; None if only common images connect questions.
     """
 
     question_id: int | str
@@ -63,6 +64,7 @@ class VqaSample:
     right: int | None = None
     lines: tuple[str, ...] = ()
     is_placed: bool = False
+    source: str | None = None
 
     @property
     def images(self) -> tuple[Path, ...]:
@@ -78,6 +80,27 @@ class VqaSample:
 def all_images(samples: Iterable[VqaSample]) -> list[Path]:
     """Returns the paths of all images of some questions, in order, with repetitions."""
     return [image for sample in samples for image in sample.images]
+
+
+def clusters(samples: Sequence[VqaSample]) -> list[str]:
+    """Returns, for each question, the name of its cluster: the first image of all questions that are connected to it.
+
+    Questions are connected if they share an image or a source, also through other questions. If each question has one
+    image, the name is the image's path.
+    """
+    first: dict[object, int] = {}  # an image or a source -> the first question that has it
+    root = list(range(len(samples)))
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            root[i] = i = root[root[i]]
+        return i
+
+    for i, sample in enumerate(samples):
+        for key in (*map(str, sample.images), *([(sample.source,)] if sample.source else [])):
+            low, high = sorted((find(first.setdefault(key, i)), find(i)))
+            root[high] = low
+    return [str(samples[find(i)].image) for i in range(len(samples))]
 
 
 Shown = tuple[str, ...]

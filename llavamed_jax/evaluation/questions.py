@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.datasets import counts, detect
 from llavamed_jax.datasets import sample as data_questions
+from llavamed_jax.datasets.find import has_split
 from llavamed_jax.datasets.records import normalize
 from llavamed_jax.datasets.registry import SETS, Selection
 from llavamed_jax.datasets.sample import VqaSample, check_ids
@@ -57,7 +58,7 @@ def load_samples(
         log.warning("%s: its parquet files cannot be recognized as %s (by a dataset card or the number of rows); they "
                     "are read and reported as parquet", root, SETS[name].label)
     check_ids(samples, f"{root}, split {split},")
-    return tuple(data_questions.one_name_each(samples, _training_rows(name, root, read, more.get("train", ""))))
+    return tuple(data_questions.one_name_each(samples, _training_rows(name, root, read, more.get("train"))))
 
 
 def further(data: ConfigDict) -> dict[str, str]:
@@ -185,15 +186,29 @@ def _either(words: tuple[str, ...]) -> str:
     return f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
 
 
-def _training_rows(name: str, root: str, read: Reader, train: str) -> list[VqaSample]:
-    """Returns the training rows. Users' own files may lack them; the published sets must have them."""
+def _training_rows(name: str, root: str, read: Reader, train: str | None) -> list[VqaSample]:
+    """Returns the training rows. Users' own files may lack them, and so may some published sets; others must have them.
+
+    Args:
+      name: the set.
+      root: the folder of its questions.
+      read: reads a split of a folder.
+      train: the config key `data.train`; None if the set has no such key.
+    """
     if train:
         return read(train, "train")
     files = [*filter(Path.is_file, detect.split_files(Path(root), "train")), *detect.parquet_files(Path(root), "train")]
     if SETS[name].has_training_rows or files:
         return read(root, "train")
-    log.warning("%s has no train.json and data.train is empty: metrics that need training rows (answer candidates, "
-                "majority answer, leakage) are left out", root)
+    if train is not None:
+        log.warning("%s has no train.json and data.train is empty: metrics that need training rows (answer candidates, "
+                    "leakage) are left out, and majority answers are those of the questions themselves", root)
+    elif SETS[name].use_training_rows and Path(root).is_dir() and has_split(name, Path(root), "train"):
+        try:
+            return read(root, "train")
+        except UserError as error:  # the files of the questions do not depend on these
+            log.warning("%s: the training rows cannot be read, so majority answers are those of the questions "
+                        "themselves: %s", root, error)
     return []
 
 

@@ -1,9 +1,11 @@
 """PathVQA: the release's layout, its pickles and hostile ones, and the hub's parquet files; the tests make small ones themselves."""
 
+import errno
 import io
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 
 from llavamed_jax.datasets import parquet
 from llavamed_jax.datasets.counts import describe
+from llavamed_jax.datasets.hub_rows import read_hub
 from llavamed_jax.datasets.pathvqa import read_pathvqa
 from llavamed_jax.datasets.pickles import read_plain_pickle
 from llavamed_jax.datasets.registry import SETS
@@ -245,6 +248,27 @@ def test_a_folder_that_cannot_be_written(hub, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written to .*file.*set data.images to another folder"):
         read_pathvqa(root, "test", tmp_path / "file")
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_read_only_set_is_read_and_its_images_are_in_the_cache(number, hub, tmp_path, monkeypatch, caplog):
+    """VQA-RAD, SLAKE and a suite have no key for the folder of the images."""
+    root, cache, real = hub(test_00000=[parquet_row("a?", "Yes", encoded("red")), parquet_row("b?", "No", encoded("blue"))]), tmp_path / "cache", parquet.save_whole
+
+    def save(path, write):
+        if not path.is_relative_to(cache):
+            raise OSError(number, os.strerror(number))
+        real(path, write)
+
+    monkeypatch.setattr(parquet, "save_whole", save)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    for _ in range(2):
+        assert [sample.image.parent for sample in read_hub(root, "test")] == [cache / "llavamed_jax" / "parquet_images"] * 2
+    assert caplog.text.count("they are written to") == 2 and os.strerror(number) in caplog.text
+    monkeypatch.setattr(parquet, "save_whole", lambda path, write: save(tmp_path, write))
+    shutil.rmtree(cache)
+    with pytest.raises(UserError, match="cannot be written to .*, nor to the user's cache .*XDG_CACHE_HOME"):
+        read_hub(root, "test")
 
 
 def test_without_pyarrow_one_sentence_has_the_pip_line(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +13,9 @@ from PIL import Image
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.counts import describe
+from llavamed_jax.datasets.find import asked_split, find_sets
 from llavamed_jax.datasets.registry import SETS, Selection
-from llavamed_jax.datasets.sample import CHOICE, OPEN, all_images, to_llava
+from llavamed_jax.datasets.sample import CHOICE, OPEN, all_images, clusters, to_llava
 from llavamed_jax.datasets.training import read_training
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import questions
@@ -23,8 +25,9 @@ from llavamed_jax.evaluation.answering.ask import predict
 from llavamed_jax.evaluation.answering.endpoint import _requests
 from llavamed_jax.evaluation.scoring import controls
 from llavamed_jax.evaluation.scoring.items import AnswerSet
-from llavamed_jax.evaluation.scoring.score import group_keys
+from llavamed_jax.evaluation.scoring.score import group_keys, score
 from llavamed_jax.evaluation.scoring.strict import right_choice
+from tests.support import published_sets
 
 DIRECTLY = "Answer with the option's letter from the given choices directly."
 
@@ -84,6 +87,70 @@ def test_pmc_vqa(tmp_path, caplog):
         cfg = load_config("configs/eval/pmc_vqa.py", [f"data.root={root}"])
         assert f"published: {count} questions" in questions.describe(cfg, read("pmc_vqa", root))
         assert questions.source_files(cfg.data)[0].name.startswith("test_")
+
+
+def test_another_sets_table_is_no_pmc_vqa(tmp_path):
+    """`test.csv` and `train.csv` are names of many sets; the columns decide."""
+    data = published_sets.write(tmp_path / "data", ("vqa_rad", "slake", "pmc_vqa"))
+    for folder in (data, data / "slake", data / "aaa"):
+        for name in ("train.csv", "test.csv", "test_2.csv"):
+            table(folder / name, ("image", "question", "answer"), ("a.jpg", "Q", "A"))
+    found = find_sets(data, ("vqa_rad", "slake", "pmc_vqa"))
+    assert found.folders == {name: data / name for name in ("vqa_rad", "slake", "pmc_vqa")} and found.repeated == []
+    assert detect.layout_of(data / "aaa") is None and detect.layout_of(data / "slake") == "slake"
+    for header in ('\ufeff"Figure_path","Choice A","x"', "x,Figure_path,Choice A"):
+        put(tmp_path / "b" / "test.csv", f"{header}\r\n1,2,3\r\n")
+        assert detect.layout_of(tmp_path / "b") == detect.layout_of(tmp_path / "b" / "test.csv") == "pmc_vqa"
+
+
+def test_pmc_vqas_images_of_both_versions(tmp_path):
+    """The published folder has both; each image is taken from where it is, first from the folder of its version."""
+    for name in ("figures/two.jpg", "figures/both.jpg", "images/one.jpg", "images/both.jpg"):
+        put(tmp_path / name)
+    table(tmp_path / "test_2.csv", SECOND, *((i, name, "c", "Q", *CELLS, "B", "test") for i, name in enumerate(("two.jpg", "both.jpg", "one.jpg"))))
+    table(tmp_path / "test_clean.csv", FIRST, *((name, "Q", "CT", *CELLS, "C") for name in ("one.jpg", "both.jpg", "two.jpg")))
+    of = lambda root: [str(sample.image.relative_to(tmp_path)) for sample in read("pmc_vqa", root)]
+    assert of(tmp_path) == ["figures/two.jpg", "figures/both.jpg", "images/one.jpg"]
+    assert of(tmp_path / "test_clean.csv") == ["images/one.jpg", "images/both.jpg", "figures/two.jpg"]
+    with pytest.raises(UserError, match="two.jpg does not exist"):
+        read("pmc_vqa", tmp_path / "test_clean.csv", images=tmp_path / "images")
+
+
+def test_pmc_vqas_training_rows_are_read_if_they_are_there(tmp_path, caplog):
+    """The majority letter is that of `train_2.csv`; without it, or without its images, that of the questions."""
+    put(tmp_path / "figures" / "a.jpg")
+    rows = lambda *letters: [(i, "a.jpg", "c", "Q", *CELLS, letter, "x") for i, letter in enumerate(letters)]
+    table(tmp_path / "test_2.csv", SECOND, *rows(*"BBA"))
+    load = lambda: questions.load_samples("pmc_vqa", str(tmp_path), "test", "clean", "", images="")
+    assert load()[1] == [] and caplog.text == "", "there is no data.train to speak of"
+    table(tmp_path / "train_2.csv", SECOND, *rows(*"CCA"))
+    samples, training = load()
+    said = [{"question_id": sample.question_id, "text": "A"} for sample in samples]
+    assert score(AnswerSet(samples, said, training))["baselines"]["majority_choice_letter"] == "C"
+    table(tmp_path / "train_2.csv", SECOND, (0, "b.jpg", "c", "Q", *CELLS, "C", "x"))
+    assert load()[1] == [] and "the training rows cannot be read, so majority answers are those of the questions themselves" in caplog.text
+
+
+def test_the_split_that_is_there_is_asked(tmp_path):
+    """As the reader of the set finds it: PathVQA's release names its files otherwise, IU X-Ray has one for all splits."""
+    published_sets.write(tmp_path, ("pathvqa", "iu_xray", "pmc_vqa"))
+    assert [asked_split(name, tmp_path / name, "test") for name in ("pathvqa", "iu_xray", "pmc_vqa")] == ["test"] * 3
+    shutil.rmtree(tmp_path / "pathvqa" / "qas" / "test")
+    put(tmp_path / "pathvqa" / "validation.json", "[]")
+    assert asked_split("pathvqa", tmp_path / "pathvqa", "test") == "validation"
+    for kept, split in (("val", "validation"), ("test", "test"), ("train", "test")):
+        put(tmp_path / "r2gen" / "annotation.json", json.dumps({"train": [], "val": [], "test": []} | {kept: [{"id": "CXR1"}]}))
+        assert asked_split("iu_xray", tmp_path / "r2gen", "test") == split
+    put(tmp_path / "r2gen" / "annotation.json", "{")
+    assert asked_split("iu_xray", tmp_path / "r2gen", "test") == "test", "reading the set says what is wrong"
+
+
+@pytest.mark.parametrize("answer", ["", "  "])
+def test_a_row_of_pmc_vqa_without_an_answer_is_left_out(answer, tmp_path, caplog):
+    put(tmp_path / "a.jpg")
+    table(tmp_path / "test_2.csv", SECOND, ("0", "a.jpg", "c", "Q", *CELLS, answer, "test"), ("1", "a.jpg", "c", "Q", *CELLS, "B", "test"))
+    assert [sample.question_id for sample in read("pmc_vqa", tmp_path)] == [1]
+    assert "1 rows were left out" in caplog.text, "an empty option is no right one for an empty answer"
 
 
 @pytest.mark.parametrize("data, sentence", [
@@ -232,6 +299,14 @@ def test_medframeqa(tmp_path):
     parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [{"question": "Q", "image_1": b"x"}])
     with pytest.raises(UserError, match="has no column correct_answer and options"):
         read("medframeqa", tmp_path)
+
+
+def test_medframeqas_videos_are_clusters(tmp_path):
+    rows = [frames(2, question_id=f"q{i}") | {"video_id": video} for i, video in enumerate(("v1", "v2", "v1", None))]
+    parquet(tmp_path / "data" / "test-00000-of-00001.parquet", [row | {"image_1": {"bytes": picture(9 * i), "path": None}, "image_2": {
+        "bytes": picture(9 * i + 1), "path": None}} for i, row in enumerate(rows)])
+    names = clusters(read("medframeqa", tmp_path))
+    assert names[0] == names[2] and len(set(names)) == 3
 
 
 # ---- several images on their way to a model ----
