@@ -121,6 +121,8 @@ def _not_asked(name: str, given: Mapping[str, str]) -> tuple[str, str] | None:
     if scoring in PROGRAMS and name not in PROGRAMS[scoring].sets:
         return "scoring", (f"{name} is not asked, because scoring={scoring} has no rule for it; there is one for "
                            f"{_all(PROGRAMS[scoring].sets)}")
+    if scoring in PROGRAMS and (name, split) in PROGRAMS[scoring].fails_on:
+        return "scoring", f"{name} is not asked, because {scoring} itself stops with an error on the split {split!r}"
     return None
 
 

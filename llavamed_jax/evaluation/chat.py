@@ -31,9 +31,11 @@ from llavamed_jax.evaluation.judging.prompts import (
     read_prompt,
 )
 from llavamed_jax.evaluation.report import chat_report
+from llavamed_jax.evaluation.report.summary import prompts as lost_prompts
 from llavamed_jax.evaluation.results import Outcome
 from llavamed_jax.evaluation.scoring import statistics
 from llavamed_jax.evaluation.scoring.items import AnswerSet
+from llavamed_jax.evaluation.scoring.predictions import prompt_counts
 from llavamed_jax.utils.files import to_jsonl
 
 KIND = "chat"  # `data.name` of a chat config
@@ -104,7 +106,8 @@ class ChatScorer:
           The metrics, the report and the further files.
         """
         verdicts, reviews = self._judged(answers, "answers")
-        metrics, files = self._metrics(verdicts) | extra, {"reviews.jsonl": to_jsonl(reviews)}
+        metrics = self._metrics(verdicts) | prompt_counts(answers.predictions) | extra
+        files = {"reviews.jsonl": to_jsonl(reviews)}
         other_reviews = {}
         for name, other in others.items():
             found, other_reviews[name] = self._judged(other, f"answers, control {name}")
@@ -228,6 +231,7 @@ def summary(metrics: Mapping) -> str:
     if metrics["n_unscored"]:
         lines.append(f"unscored and left out of all means: {metrics['n_unscored']} of {n} questions: "
                      f"{', '.join(map(str, metrics['unscored']))}")
+    lines += lost_prompts(metrics)
     if metrics["differs_from_the_paper"]:
         lines.append(f"not comparable with the paper's numbers: {'; '.join(metrics['differs_from_the_paper'])}")
     if said := asked_words(metrics.get("asked") or {}):

@@ -61,8 +61,7 @@ class Harness:
                    for kind in (CLOSED, OPEN) if (kinds == kind).any()]
         metrics = {"program": self._program.version, "n": len(samples),
                    **{f"n_{kind.lower()}": int((kinds == kind).sum()) for kind in (CLOSED, OPEN)}}
-        metrics |= statistics.intervals(statistics.resample(
-            scores, [str(sample.image) for sample in samples], self._seed))
+        metrics |= statistics.intervals(statistics.resample(scores, answers.clusters, self._seed))
         lines = [{"question_id": sample.question_id, "answer": str(sample.answer), "text": text, "is_right": value}
                  for sample, text, value in zip(samples, texts, right, strict=True)]
         return Judged(metrics, lines, [])

@@ -42,6 +42,7 @@ class Member:
       controls: the controls that are possible with this set.
       metrics: the object of `metrics.json`; None until the set is finished.
       error: why the set failed; "" otherwise.
+      not_compared: why the set is asked without `against`; "" otherwise.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Member:
     controls: list[str] = field(default_factory=list)
     metrics: dict | None = None
     error: str = ""
+    not_compared: str = ""
 
     @property
     def state(self) -> str:
@@ -62,6 +64,8 @@ class Member:
 
 def open_members(members: Sequence[Member], controls: Collection[str] = ()) -> None:
     """Reads the questions of all sets and checks them; a set that cannot be evaluated gets an `error`.
+
+    A set whose predictions of another model do not fit is asked without the comparison, with a warning.
 
     Args:
       members: the sets.
@@ -73,21 +77,34 @@ def open_members(members: Sequence[Member], controls: Collection[str] = ()) -> N
     agreement.check_same(lambda: {f"the data set {member.name}": member.cfg.data.split for member in members}
                          | {"the number of data sets": len(members)})
     for member in members:
-        is_new = not member.workdir.exists()
-        try:
-            member.evaluation = run.open_evaluation(member.cfg, member.workdir, member.against)
-            member.what = member.evaluation.scorer.describe()
-            run.check(member.evaluation)
-        except UsageError:
-            raise
-        except (UserError, OSError) as error:
-            member.error = str(error)
-        finally:
-            if is_new:
-                results.remove_empty(member.workdir)
-        member.error = _of_any_process(member.error)
+        member.error = _open(member)
+        if member.error and member.against is not None:
+            failed, against, member.against = member.error, member.against, None
+            member.error = _open(member)
+            if member.error:
+                member.against = against
+            else:
+                member.not_compared = failed
+                warn(f"{member.name} is asked without the comparison with {against}: {failed}")
         if not member.error and controls:
             member.controls = _possible(member, list(controls))
+
+
+def _open(member: Member) -> str:
+    """Opens and checks the evaluation of a set; returns the error of any process, or ""."""
+    is_new, found = not member.workdir.exists(), ""
+    try:
+        member.evaluation = run.open_evaluation(member.cfg, member.workdir, member.against)
+        member.what = member.evaluation.scorer.describe()
+        run.check(member.evaluation)
+    except UsageError:
+        raise
+    except (UserError, OSError) as error:
+        found = str(error)
+    finally:
+        if is_new:
+            results.remove_empty(member.workdir)
+    return _of_any_process(found)
 
 
 def _possible(member: Member, controls: list[str]) -> list[str]:
@@ -145,6 +162,8 @@ def _set(member: Member) -> dict:
         "workdir": member.workdir.name,
         "what": member.what or None,
         **counts,
+        **suite_rows.problems(metrics),
+        "not_compared": member.not_compared or None,
         "questions_sha256": metrics.get("questions_sha256"),
         "evaluation": metrics.get("evaluation"),
         "metrics": suite_rows.rows(metrics) if metrics else {},

@@ -60,7 +60,7 @@ class MedEvalKit:
       judge: reads open answers; None if the config names no judge. Then an open answer is right if it equals the gold.
 
     Raises:
-      UsageError: the toolkit has no protocol for the set, or a setting of the judge is invalid.
+      UsageError: the toolkit has no protocol for the set or stops on the split, or a setting of the judge is invalid.
     """
 
     name = MEDEVALKIT
@@ -70,6 +70,9 @@ class MedEvalKit:
         if self._name not in PROGRAM.sets:
             raise UsageError(f"scoring is medevalkit, which has no protocol for {self._name}; one of "
                              f"{', '.join(PROGRAM.sets)} was expected")
+        if (self._name, cfg.data.split) in PROGRAM.fails_on:
+            raise UsageError(f"data.split is {cfg.data.split!r}; another split of {self._name} was expected with "
+                             "scoring=medevalkit, because the toolkit stops on this one with an error")
         self._switches = dict(cfg.get(MEDEVALKIT) or {})
         group = cfg.get("judge")
         has_judge = group is not None and group.model and self._name not in CHOICE_SETS
@@ -158,8 +161,7 @@ class MedEvalKit:
         if self.judge is not None:
             scores += [statistics.mean("accuracy_read", read)]
             scores += [statistics.mean("open_accuracy_read", np.where(np.array(kinds) == "open", read, np.nan))]
-        metrics |= statistics.intervals(statistics.resample(
-            scores, [str(sample.image) for sample in samples], self._seed))
+        metrics |= statistics.intervals(statistics.resample(scores, answers.clusters, self._seed))
         unscored = [samples[i].question_id for i, verdict in of.items() if verdict.value is None]
         unreadable = sum(rules.stated_verdict(verdict.first_reply) is None for verdict in verdicts
                          if verdict.first_reply or verdict.error is None)

@@ -40,6 +40,7 @@ from llavamed_jax.openai_client.replies import (
     PassingError,
     Reply,
     ServiceError,
+    TooLongError,
     UnpaidError,
     connection_error,
     read_reply,
@@ -197,6 +198,9 @@ class Service:
             try:
                 reply = await self._attempt(client, messages, settings)
             except ServiceError as error:
+                return error
+            except TooLongError as error:  # the server is well, so the request does not count as failed in a row
+                self._open(gate)
                 return error
             except UserError as error:
                 self._open(gate)

@@ -22,6 +22,10 @@ _NOTHING_SECRET = Secrets(())
 _MAY_PASS = (408, 409, 425, 429)  # and all from 500 on
 _NEVER_PASS = ("insufficient_quota", "billing_hard_limit_reached")  # codes of a 429 that does not pass
 _WITHHELD = ("content_filter", "content_policy_violation")  # codes of a 400 that stands for an empty answer
+_TOO_LONG = re.compile(
+    r"context[ _]length|context[ _]window|context[ _]size|max_model_len|maximum model length|"
+    r"(?:prompt|input|messages?|request)\b.{0,40}\btoo (?:long|many tokens)|too many (?:input |prompt )?tokens|"
+    r"longer than the maximum", re.I)  # of OpenAI, vLLM, llama.cpp, SGLang, TGI
 _REASONING = ("reasoning_content", "reasoning")  # vLLM's keys, before and since its version 0.11
 _ENDS_ALL = (401, 402, 404)  # for any request: an invalid key, no credit, an unknown model
 _ENDS_ALL_AT_START = (403, 405)  # after the first reply they may concern one request
@@ -46,6 +50,10 @@ class Reply:
 
 class ServiceError(UserError):
     """A server cannot be asked at all: it is not there, refuses the key, or does not know the model."""
+
+
+class TooLongError(UserError):
+    """A server refuses a request because its prompt is longer than the model takes."""
 
 
 class PassingError(Exception):
@@ -141,13 +149,15 @@ def status_error(error: openai.APIStatusError, where: str, is_start: bool,
       secrets: texts to remove.
 
     Returns:
-      PassingError, ServiceError (no request can be answered) or UserError (for this request).
+      PassingError, ServiceError (no request can be answered), or, for this request, TooLongError or UserError.
     """
     status, told = error.status_code, server_message(error.body, secrets)
     name = f"{status} {HTTPStatus(status).phrase}" if status in set(HTTPStatus) else str(status)
     sentence = f"{name}: {told}" if told else name
     if error.code in _NEVER_PASS:
         return ServiceError(f"{where} answers {sentence}")
+    if status in (400, 413, 422) and _TOO_LONG.search(f"{error.code or ''} {told}"):
+        return TooLongError(f"{where} answers {sentence}")
     if status in _MAY_PASS or status >= 500:
         return PassingError(name, f"it answers {sentence}", retry_after(error.response.headers))
     ends_all = status in _ENDS_ALL or (is_start and status in _ENDS_ALL_AT_START)

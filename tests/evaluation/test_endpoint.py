@@ -19,7 +19,7 @@ from PIL import Image
 
 from llavamed_jax.cli import eval as cli
 from llavamed_jax.datasets.vqa_rad import read_vqa_rad
-from llavamed_jax.errors import UsageError
+from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation.answering import endpoint
 from llavamed_jax.evaluation.answering.answerer import Generation
 from llavamed_jax.evaluation.answering.ask import ask
@@ -145,6 +145,27 @@ def test_answers_that_are_not_finished_or_withheld_are_counted(capsys):
         ("", "length", 0), ("", "content_filter", 0), ("x", "stop", 0)]
     said = capsys.readouterr().err
     assert "1 of 3 answers reached max_new_tokens" in said and "1 of 3 answers ended with finish_reason 'content_filter'" in said
+
+
+TOO_LONG = [{"message": "The prompt is too long.", "code": "context_length_exceeded", "param": "messages"},
+            {"message": "This model's maximum context length is 2048 tokens. However, you requested 3000 tokens.", "code": None, "param": None},
+            {"message": "the request exceeds the available context size, try increasing it", "code": None, "param": None}]
+
+
+@pytest.mark.parametrize("refusal", TOO_LONG)
+def test_a_prompt_that_is_too_long_costs_its_question_and_not_the_set(refusal, capsys):
+    """More such questions in a row than would end a server's run; if no question is answered, a setting is wrong."""
+    def answer(body):
+        is_long = "long" in sent(body)[0]
+        return Raw.response(json.dumps({"error": refusal}).encode(), "400 Bad Request") if is_long else "yes"
+
+    questions = [(f"long {i}", (IMAGES[0],)) for i in range(20)] + [("short", (IMAGES[0],))]
+    with OpenAiServer(answer) as server:
+        answers = ask(an_answerer(server), questions, Generation())
+        assert [(each.text, each.finish_reason, each.has_question) for each in answers] == [("", "prompt_too_long", False)] * 20 + [("yes", "stop", True)]
+        assert "the model saw no word of 20 of 21 questions" in capsys.readouterr().err
+        with pytest.raises(UserError, match="20 of 20 questions could not be answered.*400 Bad Request"):
+            ask(an_answerer(server), questions[:20], Generation())
 
 
 # --- the command line ---

@@ -24,7 +24,7 @@ from llavamed_jax.evaluation import questions, results, run
 from llavamed_jax.evaluation.answering import local, resume
 from llavamed_jax.evaluation.answering.answerer import Answer, Generation
 from llavamed_jax.evaluation.answering.ask import ask, predict
-from llavamed_jax.evaluation.report.summary import summary
+from llavamed_jax.evaluation.report.summary import prompts, summary
 from llavamed_jax.evaluation.scoring import controls, score
 from llavamed_jax.evaluation.scoring.items import AnswerSet, answer_candidates
 from llavamed_jax.evaluation.scoring.predictions import join, read_predictions
@@ -404,6 +404,36 @@ def test_long_prompts_are_cut_with_a_counted_warning(capsys):
     assert answers[0].text == "short @ a"
     assert answers[1] == Answer("one two three four @ a", "stop", 2), "the end is lost, as in the original"
     assert "2 of 3 prompts were longer than the model accepts and were cut at the end, as in the original (4 tokens in all)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length, text, images, has_question, num_seen", [
+    (9, "why so", 2, True, 2), (8, "why so", 2, False, 2), (7, "why so", 2, False, 1), (4, "why", 1, False, 1), (5, "why not", 1, True, 1),
+    (8, "<image_1>: <image>\n<image_2>: <image>\nwhy", 2, False, 1), (11, "<image_1>: <image>\n<image_2>: <image>\nwhy so", 2, True, 2),
+    (8, "why <image> or <image> is", 2, True, 1), (20, "why", 2, True, 2)])  # fmt: skip
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_question_that_was_cut_away_is_counted(length, text, images, has_question, num_seen, beams, capsys):
+    """What stands behind the images is lost first; the names of images are no question."""
+    shown = []
+
+    class Several(FakeModel):
+        def answer(self, ids, images, nth):
+            shown.append((len(images), list(ids).count(-200)))
+            return FakeCompletion("A")
+
+        def generate_tokens(self, rows, images, **settings):
+            return [self.processor.encode(self.answer(*each, 0).text) for each in zip(rows, images)]
+
+    model = Several(length)
+    model.processor.question = lambda text, paths: text if "<image>" in text else "<image>\n" * len(paths) + text
+    samples = [replace(question(1, "A", text=text, image="a.jpg"), is_placed=True, more_images=tuple(map(Path, ["b.jpg"] * (images - 1))))]
+    (line,) = predict(local.LocalModel(model, "m"), samples, Generation(num_beams=beams))
+    assert line["metadata"].get("has_question", True) is has_question
+    assert shown == [(num_seen, 4 * num_seen)] or length < 4
+    result = score.score(AnswerSet(samples, [line]))
+    assert (result["n_prompts_cut"], result["n_without_question"]) == ("prompt_tokens_cut" in line["metadata"], not has_question)
+    said = capsys.readouterr().err
+    assert ("the model saw no word of 1 of 1 questions" in said) is not has_question
+    assert list(prompts({})) == [] and len(list(prompts(result))) == result["n_prompts_cut"] + result["n_without_question"]
 
 
 def test_predictions_have_the_keys_of_the_original(capsys):

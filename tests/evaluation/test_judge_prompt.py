@@ -175,6 +175,10 @@ def test_the_original_s_own_statement(reply, scores):
 @pytest.mark.parametrize(
     "reply, is_right",
     [("right", True), ("Right.\nIt says the same.", True), (" wrong \nno", False), ("Correct", True), ("incorrect", False), ("", None),
-     ("The answer is right", None), ("right or wrong", None), ("yes", None), ("why?\nright", None)])  # fmt: skip
+     ("The answer is right", None), ("right or wrong", None), ("yes", None), ("why?\nright", None),
+     ("**Right**", True), ("Right!", True), ("Verdict: right", True), ("**Verdict:**\nwrong", False), ("<think>wrong?</think>\nright", True),
+     ("<think>right", None), ("Wrong: the answer names the other side", False), ("Wrong: the right answer is left", False), ("“Correct.”", True),
+     ("Incorrect - other side", False), ("(right)", True), ("Answer: right", True), ("not right", None), ("partially right", None),
+     ("partially", None), ("right/wrong", None), ("Right, but incomplete", None), ("right, wrong", None), ("Right lung", None), ("wrong, partly", None)])  # fmt: skip
 def test_right_and_wrong(reply, is_right):
     assert read_right(reply) is is_right

@@ -66,7 +66,9 @@ def test_choices(text, place):
 
 
 @pytest.mark.parametrize("text, place", [
-    ("(B)", 1), ("A B", 1), ("(A) or (C)", 2), ("it is the right lung that we all see", 1), ("B.", 1), ("<answer>C</answer>", 2), ("b", None)])
+    ("(B)", 1), ("A B", 1), ("(A) or (C)", 2), ("it is the right lung that we all see", 1), ("B.", 1), ("<answer>C</answer>", 2), ("b", None),
+    ("\\boxed{B} <answer>C</answer>", 2), ("<answer>\\boxed{C}</answer> \\boxed{A}", 2), ("\\boxed{<answer>B</answer>}", 1), ("<answer>A", None),
+    ("\\boxed{A} or \\boxed{C}", 2), ("\\boxed{C", None)])
 def test_mmmus_own_reading_takes_the_last_letter_or_guesses(text, place):
     options = ("left lung", "right lung", "no finding")
     guesses = {rules.mmmu_choice(text, options, random.Random(seed)) for seed in range(30)}
@@ -219,6 +221,9 @@ def test_what_the_toolkit_does_not_have_is_refused():
     cfg = config("vqa_rad")
     cfg.data.name = "parquet"
     with pytest.raises(UsageError, match="no protocol for parquet"):
+        toolkit.MedEvalKit(cfg, ASKED, None)
+    cfg.data.name, cfg.data.split = "mmmu_med", "test"
+    with pytest.raises(UsageError, match="data.split is 'test'; another split of mmmu_med was expected with scoring=medevalkit"):
         toolkit.MedEvalKit(cfg, ASKED, None)
 
 

@@ -3,13 +3,18 @@
 import itertools
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
+from ml_collections import ConfigDict
 from nltk.translate.bleu_score import corpus_bleu
 
-from llavamed_jax.datasets.sample import VqaSample
+from llavamed_jax.datasets.sample import VqaSample, clusters
+from llavamed_jax.evaluation import toolkit
+from llavamed_jax.evaluation.harness import Harness
+from llavamed_jax.evaluation.judging import open_answers
 from llavamed_jax.evaluation.scoring import captions, score, statistics
 from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.evaluation.scoring.statistics import Score, mean, resample
@@ -238,3 +243,46 @@ def test_whatever_is_reported_is_over_images():
     row = score.compare(AnswerSet(samples, right), AnswerSet(samples, wrong))["strict"]["closed_accuracy"]
     assert (row["difference"], row["low"], row["high"], row["p"]) == (50, 0, 100, 1)
     assert tables[-1]["closed_accuracy_p"] == 1
+
+
+# --- clusters ---
+
+
+def several(number, *images, **fields):
+    first, *more = (Path(image) for image in images)
+    return VqaSample(number, first, "Q", "left", "OPEN", more_images=tuple(more), **fields)
+
+
+@pytest.mark.parametrize("shown, wanted", [
+    ([("a",), ("b",), ("a",)], "aba"), ([("a", "b"), ("c",), ("d", "b")], "aca"), ([("a",), ("b",), ("c",), ("c", "b"), ("a", "c")], "aaaaa"),
+    ([("a", "x"), ("b", "y"), ("c", "y"), ("d", "x")], "abba"), ([("b", "a"), ("a",), ("c", "a")], "bbb")])
+def test_questions_that_share_any_image_are_one_cluster(shown, wanted):
+    assert clusters([several(i, *images) for i, images in enumerate(shown)]) == list(wanted)
+
+
+def test_questions_of_one_source_are_one_cluster():
+    samples = [several(0, "a", source="v"), several(1, "b"), several(2, "c", source="v"), several(3, "d", source="w"), several(4, "v", source="b")]
+    assert clusters(samples) == ["a", "b", "a", "d", "v"], "a source is not an image of the same name"
+
+
+def test_every_interval_draws_clusters(monkeypatch):
+    """The whole set, its groups, the comparison, the toolkits and the judge: the second image connects questions everywhere."""
+    samples = [several(i, f"{i}.png", f"{i % 3}_.png", organ="ab"[i % 2]) for i in range(12)]
+    named = lambda questions: AnswerSet(questions, [{"question_id": s.question_id, "text": "left" if s.question_id < 5 else "no"} for s in questions])
+    drawn, real = [], statistics.resample
+
+    def noted(scores, images, seed):
+        drawn.append(set(images))
+        return real(scores, images, seed)
+
+    monkeypatch.setattr(statistics, "resample", noted)
+    score.score(named(samples))
+    score.compare(named(samples), named(samples))
+    cfg = ConfigDict({"data": {"name": "slake", "split": "test"}, "seed": 0, "scoring": "lmms_eval", "medevalkit": {}})
+    for kit in (Harness(cfg, samples), toolkit.MedEvalKit(cfg, samples, None)):
+        kit.score(named(kit.asked), "test")
+    verdict = SimpleNamespace(value=True, text="right", finish_reason="stop", is_asked_again=False, error=None)
+    judge = SimpleNamespace(verdicts=lambda prompts, title: [verdict] * len(prompts), summary=lambda verdicts: {}, estimate=lambda prompts: "",
+                            prompt=SimpleNamespace(instruction=""), service=SimpleNamespace(where=""))
+    open_answers.judge_open(judge, named(samples), 0)
+    assert len(drawn) >= 8 and all(each <= {"0.png", "1.png", "2.png"} for each in drawn), drawn

@@ -278,6 +278,41 @@ def test_controls_where_they_are_possible_and_another_suite_beside(data, run, tm
     assert "exchanged  noise  other       p" in out
 
 
+def test_predictions_that_do_not_fit_cost_the_comparison_and_not_the_set(data, run, tmp_path, capsys):
+    other = tmp_path / "other"
+    assert run(data, work=other, model=Counting(text="no"))[0] == 0
+    lines = (other / "slake" / "predictions.jsonl").read_text().splitlines()
+    (other / "slake" / "predictions.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    capsys.readouterr()
+    status, model, _ = run(data, "--against", str(other))
+    assert status == 0 and len(model.asked) == 16
+    assert f"warning: slake is asked without the comparison with {other / 'slake' / 'predictions.jsonl'}: " in capsys.readouterr().err
+    sets = json.loads((tmp_path / "w" / "suite.json").read_text())["sets"]
+    assert "without a prediction" in sets["slake"]["not_compared"] and sets["vqa_rad"]["not_compared"] is None
+    assert "other" not in sets["slake"]["metrics"]["strict.open_f1"] and "other" in sets["vqa_rad"]["metrics"]["strict.open_f1"]
+    assert "not compared: " in (tmp_path / "w" / "suite.html").read_text()
+
+
+def test_a_suite_says_what_was_lost_unread_and_not_judged(data, run, tmp_path):
+    """What a reader of the numbers has to know stands in the row of the set and on the page."""
+    class Cut(Counting):
+        def answers(self, *args):
+            for i, answer in super().answers(*args):
+                yield i, dataclasses.replace(answer, tokens_cut=7, has_question=False)
+
+    with OpenAiServer(lambda request: "**Right**" if "Gold" in str(request) else "?") as server:
+        assert run(data, f"--config.judge.endpoint={server.url}", "--config.judge.model=tiny", model=Cut(text="I cannot tell."))[0] == 0
+    sets = json.loads((tmp_path / "w" / "suite.json").read_text())["sets"]
+    for name, each in sets.items():
+        metrics = json.loads((tmp_path / "w" / name / "metrics.json").read_text())
+        n = sum(metrics[key] for key in ("n_open", "n_closed", "n_choice"))
+        assert each["n_prompts_cut"] == each["n_without_question"] == n and each["n_closed_unread"] == metrics.get("n_closed_unread")
+        assert (each["judge"], each["n_unscored"]) == (("tiny", 0) if "judged" in metrics else (None, None))
+    assert sets["vqa_rad"]["judge"] == "tiny" and sets["vqa_rad"]["n_closed_unread"] == 2
+    page = (tmp_path / "w" / "suite.html").read_text()
+    assert "the model saw no word of" in page and "open answers judged by tiny, 0 without a verdict" in page and "could not be read" in page
+
+
 def test_an_endpoint_is_asked_every_set_and_a_dead_one_ends_the_suite(data, tmp_path, capsys):
     words = ["--suite", "medical", f"--config.data.root={data}", "--workdir", str(tmp_path / "w"), "--model", "tiny"]
     with OpenAiServer(lambda request: "yes") as server:

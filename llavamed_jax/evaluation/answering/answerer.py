@@ -37,11 +37,14 @@ class Answer:
       text: the generated text.
       finish_reason: `stop`, `length`, or what a server states.
       tokens_cut: number of tokens that were cut from the prompt because it was too long.
+      has_question: whether the model saw any of the question's text; False if it was cut away completely, or if a
+        server refused the prompt as too long.
     """
 
     text: str
     finish_reason: str
     tokens_cut: int = 0
+    has_question: bool = True
 
 
 class Answerer(Protocol):

@@ -91,6 +91,10 @@ def _warn(answers: Sequence[Answer]) -> None:
             f" and were cut at the end, as in the original ({sum(cut)} tokens in all)",
             file=sys.stderr,
         )
+    blind = sum(not answer.has_question for answer in answers)
+    if blind:
+        print(f"warning: the model saw no word of {blind} of {len(answers)} questions, because the prompt was too long",
+              file=sys.stderr)
     unfinished = sum(answer.finish_reason == "length" for answer in answers)
     if unfinished:
         print(f"warning: {unfinished} of {len(answers)} answers reached max_new_tokens and are incomplete",
@@ -142,7 +146,8 @@ def predict(
             "model_id": answerer.name,
             "metadata": {"image": names[paths[0]], "control": control, "finish_reason": answer.finish_reason}
             | ({"more_images": [names[path] for path in paths[1:]]} if len(paths) > 1 else {})
-            | ({"prompt_tokens_cut": answer.tokens_cut} if answer.tokens_cut else {}),
+            | ({"prompt_tokens_cut": answer.tokens_cut} if answer.tokens_cut else {})
+            | ({} if answer.has_question else {"has_question": False}),
         }
         for sample, prompt, paths, answer in zip(samples, prompts, shown, answers, strict=True)
     ]

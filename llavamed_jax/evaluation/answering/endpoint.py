@@ -18,11 +18,13 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.evaluation.answering.answerer import Answer, Generation
 from llavamed_jax.images.load import load_image
 from llavamed_jax.openai_client.client import Service
+from llavamed_jax.openai_client.replies import TooLongError
 from llavamed_jax.text.conversation import IMAGE_MARKER
 
 # Files that are sent unchanged: formats that every server reads, in forms that every server decodes as `load_image`
 # does. Servers differ in how they read 16-bit grey values, transparency, CMYK and an orientation in EXIF.
 _SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+PROMPT_TOO_LONG = "prompt_too_long"  # the finish_reason of a question that the server refuses as too long
 _PLAIN_MODES = ("L", "RGB")
 _EXIF_ORIENTATION = 0x0112
 
@@ -31,7 +33,8 @@ class Endpoint:
     """Answers an evaluation's questions with a served model; implements `answerer.Answerer`.
 
     A question is one user message: the images as data URLs, then the text. The server adds its system prompt and its
-    template. No prompt is cut: the server rejects one that is too long.
+    template. No prompt is cut: the server refuses one that is too long, and its answer is empty and counted. If it
+    refuses every question as too long, none is answered.
 
     Args:
       service: the server and the model's name there; predictions use this name.
@@ -59,15 +62,23 @@ class Endpoint:
         for i, question in enumerate(questions):
             seeds[i] = (generation.seed + seen[question]) % 2**31
             seen[question] += 1
+        too_long, is_any_answered = {}, len(asked) < len(questions)
         replies = self.service.each(_requests(questions, asked, failed), max_tokens=generation.max_new_tokens,
                                     temperature=generation.temperature,
                                     seed=seeds.get if generation.temperature > 0 else None)
         with contextlib.closing(replies):
             for i, reply in replies:
-                if isinstance(reply, UserError):
+                if isinstance(reply, TooLongError):
+                    too_long[i] = reply
+                elif isinstance(reply, UserError):
                     failed[i] = reply
                 else:
+                    is_any_answered = True
                     yield i, Answer(reply.text.strip(), reply.finish_reason)
+        if not is_any_answered:  # a setting is wrong, such as max_new_tokens above the model's context
+            failed.update(too_long)
+            return
+        yield from ((i, Answer("", PROMPT_TOO_LONG, has_question=False)) for i in too_long)
 
     def facts(self) -> dict[str, str]:
         """Returns the counts of requests and tokens since this start, for the report."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,14 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering.answerer import Answer, Generation
 from llavamed_jax.evaluation.answering.asked import OF_MODEL, versions
 from llavamed_jax.generation.text_stream import TextStream, completion
+from llavamed_jax.text.conversation import IMAGE_MARKER
 from llavamed_jax.utils import machine
 
 if TYPE_CHECKING:  # scoring a file of predictions must not import jax
     from llavamed_jax.assistant import LlavaMed
 
 _READERS = 2  # threads that read images; decoding and resizing release Python's lock
+_IMAGE_NAME = re.compile(r"<image_\d+>:?")  # of the sets that number their images
 _AHEAD = 8  # images that are read before they are needed
 
 
@@ -33,7 +36,8 @@ class LocalModel:
     """Answers an evaluation's questions with a loaded model; implements `answerer.Answerer`.
 
     If a prompt with its image is longer than the model takes (the checkpoint's `tokenizer_model_max_length`), its end
-    is cut, as in the original, so the end of the instruction is lost. The answer states how many tokens were cut.
+    is cut, as in the original, so the end of the instruction is lost; behind many images the whole question may be. The
+    answer states how many tokens were cut, and whether any of the question is left.
 
     Args:
       model: the loaded model.
@@ -113,36 +117,36 @@ class _Asking:
 
     def each(self, asked: Sequence[int], generation: Generation) -> Iterator[tuple[int, Answer]]:
         """Answers the questions at these indices; yields each answer as soon as it is there."""
-        given: list[tuple[int, int]] = []
+        given: list[tuple[int, int, bool]] = []
 
         def prompts():
-            for i, ids, images, lost in self._prompts(asked):
-                given.append((i, lost))
+            for i, ids, images, *cut in self._prompts(asked):
+                given.append((i, *cut))
                 yield ids, images, self._nth[i]
 
         settings = dict(max_new_tokens=generation.max_new_tokens, temperature=generation.temperature,
                         seed=generation.seed)
         with contextlib.closing(self._model.answer_each(prompts(), **settings)) as found:
             for index, answer in found:
-                i, lost = given[index]
+                i, *cut = given[index]
                 if isinstance(answer, UserError):
                     self._failed[i] = answer
                 else:
-                    yield i, Answer(answer.text, answer.finish_reason, lost)
+                    yield i, Answer(answer.text, answer.finish_reason, *cut)
 
     def beams(self, asked: Sequence[int], generation: Generation) -> Iterator[tuple[int, Answer]]:
         """Answers the questions at these indices by beam search, a batch at a time."""
         model, prompts = self._model, self._prompts(asked)
         while batch := list(itertools.islice(prompts, generation.batch_size)):
-            indices, rows, images, lost = zip(*batch)
-            for i, tokens, cut in zip(indices, self._search(rows, images, generation), lost, strict=True):
+            rows, images = ([prompt[place] for prompt in batch] for place in (1, 2))
+            for (i, _, _, *cut), tokens in zip(batch, self._search(rows, images, generation), strict=True):
                 if isinstance(tokens, UserError):
                     self._failed[i] = tokens
                     continue
                 stream = TextStream(model.processor.decode, model.processor.stop)
                 stream.push(tokens)
                 answer = completion(stream, model.engine.eos)
-                yield i, Answer(answer.text, answer.finish_reason, cut)
+                yield i, Answer(answer.text, answer.finish_reason, *cut)
 
     def _search(self, rows, images, generation: Generation) -> list[list[int] | UserError]:
         try:
@@ -154,8 +158,8 @@ class _Asking:
                 return [error]
             return [self._search([row], [each], generation)[0] for row, each in zip(rows, images)]
 
-    def _prompts(self, asked: Sequence[int]) -> Iterator[tuple[int, list[int], list[np.ndarray], int]]:
-        """Yields (index, ids, images, number of cut tokens) for each question whose images can be read."""
+    def _prompts(self, asked: Sequence[int]) -> Iterator[tuple[int, list[int], list[np.ndarray], int, bool]]:
+        """Yields (index, ids, images, tokens cut, whether a word of the question is left); skips unreadable images."""
         processor, limit = self._model.processor, self._model.engine.max_prompt
         for i, images in zip(asked, read_ahead(processor, [self._questions[i][1] for i in asked])):
             if isinstance(images, UserError):
@@ -168,7 +172,7 @@ class _Asking:
                 self._encoded[key] = np.array(ids, np.int32)
             ids = self._encoded[key]
             kept, seen = _cut(ids, images, limit)
-            yield i, kept.tolist(), seen, len(ids) - len(kept)
+            yield i, kept.tolist(), seen, len(ids) - len(kept), _has_question(text, ids, kept, len(paths), processor)
 
 
 def _cut(ids: np.ndarray, images: list[np.ndarray], limit: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -180,6 +184,26 @@ def _cut(ids: np.ndarray, images: list[np.ndarray], limit: int) -> tuple[np.ndar
     of_one = len(places) // len(images)
     whole, rest = divmod(int((kept == IMAGE_TOKEN).sum()), of_one)
     return kept[:places[whole * of_one]] if rest else kept, images[:whole]
+
+
+def _has_question(text: str, ids: np.ndarray, kept: np.ndarray, num_images: int, processor) -> bool:
+    """Returns whether a cut prompt still shows any of the question's text; names of images are no such text.
+
+    Args:
+      text: the question, with or without a marker for each image.
+      ids: the ids of the whole prompt.
+      kept: those before the cut.
+      num_images: the images of the whole prompt.
+      processor: turns ids into text.
+    """
+    if len(kept) == len(ids):
+        return True
+    parts = text.split(IMAGE_MARKER)
+    parts = parts if len(parts) == num_images + 1 else [""] * num_images + [text]
+    before = next((place for place, part in enumerate(parts) if _IMAGE_NAME.sub("", part).strip()), num_images)
+    places = np.flatnonzero(ids == IMAGE_TOKEN)
+    start = places[before * (len(places) // num_images) - 1] + 1 if before and len(places) else 0
+    return bool(processor.decode([each for each in kept[start:].tolist() if each != IMAGE_TOKEN]).strip())
 
 
 def read_ahead(processor, shown: Sequence[Shown]) -> Iterator[list[np.ndarray] | UserError]:

@@ -181,7 +181,7 @@ def _line(question: int, answer: Answer) -> str:
     return json.dumps({"question": question, **dataclasses.asdict(answer)}) + "\n"
 
 
-_FIELDS = {"question": int, "text": str, "finish_reason": str, "tokens_cut": int}
+_FIELDS = {"question": int, "text": str, "finish_reason": str, "tokens_cut": int, "has_question": bool}
 
 
 def _answers(lines: Sequence[object]) -> tuple[dict[int, Answer], int]:
@@ -189,8 +189,8 @@ def _answers(lines: Sequence[object]) -> tuple[dict[int, Answer], int]:
     whole = [line for line in lines if isinstance(line, dict)
              and {name: type(value) for name, value in line.items()} == _FIELDS
              and line["question"] >= 0]
-    return ({line["question"]: Answer(line["text"], line["finish_reason"], line["tokens_cut"]) for line in whole},
-            len(lines) - len(whole))
+    found = {line["question"]: Answer(**{name: line[name] for name in _FIELDS if name != "question"}) for line in whole}
+    return found, len(lines) - len(whole)
 
 
 def _read(path: Path) -> list[object]:

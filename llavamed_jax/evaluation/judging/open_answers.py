@@ -80,8 +80,8 @@ def judge_open(judge: Judge, answers: AnswerSet, seed: int) -> Judged:
     report_unscored(verdicts, ids, "open answers")
     values = np.array([np.nan if verdict.value is None else verdict.value for verdict in verdicts], np.float64)  # [N]
     unscored = [name for name, verdict in zip(ids, verdicts, strict=True) if verdict.value is None]
-    images = [str(sample.image) for sample in asked]
-    table = statistics.intervals(statistics.resample([statistics.mean("open_accuracy", values)], images, seed))
+    drawn = [cluster for cluster, kind in zip(answers.clusters, answers.kinds, strict=True) if kind == OPEN]
+    table = statistics.intervals(statistics.resample([statistics.mean("open_accuracy", values)], drawn, seed))
     metrics = table | {"n_open": len(asked), "n_unscored": len(unscored), "unscored": unscored,
                        "judge": judge.summary(verdicts)}
     lines = [

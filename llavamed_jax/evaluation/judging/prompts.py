@@ -154,10 +154,27 @@ READINGS = {"strict": read_scores, "original": read_original_scores}
 """`judge.reading` -> what reads the scores of a reply."""
 
 
+_VERDICTS = {"right": True, "correct": True, "wrong": False, "incorrect": False}
+_THOUGHT = re.compile(r"\A.*</think(?:ing)?>|<think(?:ing)?>.*\Z", re.I | re.S)
+_MARKS = re.compile(r"</?[a-z_]+\s*/?>|[*_`#\"“”‘’«»\[\]{}]|(?<!\w)'|'(?!\w)", re.I)  # tags, emphasis, quotation marks
+_VERDICT = re.compile(
+    r"\W*(?:(?:(?:the|my|final|your)\s+)*(?:(?:verdict|judge?ment|result|rating|grade|evaluation|conclusion|"
+    r"assessment)\s*(?:is\b|[:=\-])?|(?:answer|response)\s*:)[\s:]*)?(right|correct|wrong|incorrect)(?=\s*(?:$|[:,.;!)\n–—-]))"
+    r"\W*(.*)", re.I)
+_TAKEN_BACK = re.compile(r"(?:but|however|though|although|or|and|partial(?:ly)?|partly|mostly|in\s+part|not\s+(?:quite|"
+                         r"fully|entirely|completely)|to\s+some\s+extent)\b|(right|correct|wrong|incorrect)\W*$", re.I)
+
+
 def read_right(reply: str) -> bool | None:
-    """Reads the first line of a reply: True for "right" or "correct", False for "wrong" or "incorrect", else None."""
-    word = _first_line(reply).lower().removesuffix(".")
-    return {"right": True, "correct": True, "wrong": False, "incorrect": False}.get(word)
+    """Reads a reply that begins with a verdict: True for "right" or "correct", False for "wrong" or "incorrect".
+
+    The verdict stands alone or in front of a mark ("Wrong: the answer names the other side"). Thoughts before
+    `</think>`, emphasis, quotation marks and a lead such as "Verdict:" are removed. Any other reply ("not right",
+    "partially right", "right/wrong", "right, but incomplete") gives None.
+    """
+    text = _MARKS.sub("", _THOUGHT.sub("", reply)).strip()
+    found = _VERDICT.match(text)
+    return None if found is None or _TAKEN_BACK.match(found[2]) else _VERDICTS[found[1].lower()]
 
 
 def _first_line(reply: str) -> str:

@@ -12,6 +12,7 @@ from llavamed_jax.datasets.qa50 import DOMAINS, TYPES, ChatQuestion
 from llavamed_jax.evaluation import chat_published
 from llavamed_jax.evaluation.answering.asked import words
 from llavamed_jax.evaluation.report import page
+from llavamed_jax.evaluation.report.summary import prompts
 from llavamed_jax.images.thumbnail import thumbnail
 
 _TITLES = {
@@ -54,6 +55,7 @@ def render(
         + f" {metrics['judge']['model']}" + (f" · asked with {said}" if said else ""),
         details=details or {},
         metrics=metrics,
+        lost=list(prompts(metrics)),
         titles=_TITLES,
         tables=rows,
         controls={title: dict(tables(table)) for title, table in controls.items() if table},

@@ -12,7 +12,7 @@ from llavamed_jax.datasets.registry import SETS
 from llavamed_jax.datasets.sample import CAPTION, CHOICE, CLOSED, OPEN
 from llavamed_jax.evaluation.answering.asked import words
 from llavamed_jax.evaluation.report import gallery, page
-from llavamed_jax.evaluation.report.summary import asked
+from llavamed_jax.evaluation.report.summary import asked, prompts
 from llavamed_jax.evaluation.scoring import controls, programs, registry
 from llavamed_jax.evaluation.scoring.items import AnswerSet
 
@@ -100,6 +100,7 @@ def render(
         what=asked(metrics) + (f" · asked with {said}" if said else ""),
         details=details or {},
         metrics=metrics,
+        lost=list(prompts(metrics)),
         titles={name: (name, "") for name in registry.names_of()} | TITLES | registry.titles(),
         programs=list(programs.blocks(metrics)),
         further=registry.further(),

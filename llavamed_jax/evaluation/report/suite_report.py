@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from urllib.parse import quote
 
 from llavamed_jax.datasets.registry import SETS
 from llavamed_jax.errors import count_of
 from llavamed_jax.evaluation.answering.asked import words
-from llavamed_jax.evaluation.report import page
+from llavamed_jax.evaluation.report import page, summary
 
 _KINDS = (("n_closed", "closed"), ("n_open", "open"), ("n_choice", "multiple choice"), ("n_caption", "reports"))
 
@@ -21,7 +21,7 @@ def render(said: Mapping, model: str) -> str:
       model: the name of the model in the predictions.
     """
     sets = [{**each, "name": name, "label": SETS[name].label,
-             "link": f"{quote(each['workdir'])}/report.html", "kinds": _kinds(each)}
+             "link": f"{quote(each['workdir'])}/report.html", "kinds": _kinds(each), "notes": list(_notes(each))}
             for name, each in said["sets"].items()]
     rows = [row for each in sets for row in each["metrics"].values()]
     done = [each for each in sets if each["state"] == "done"]
@@ -44,6 +44,18 @@ def render(said: Mapping, model: str) -> str:
         has_other=any("other" in row for row in rows),
         has_beside=any("without_looking" in row for row in rows),
     )
+
+
+def _notes(each: Mapping) -> Iterator[str]:
+    """Yields what a reader of the set's numbers has to know."""
+    yield from summary.prompts(each)
+    unread = (each["n_closed_unread"] or 0) + (each["n_choice_unread"] or 0)
+    if unread:
+        yield f"{count_of(unread, 'answer')} could not be read and count as wrong"
+    if each["judge"]:
+        yield f"open answers judged by {each['judge']}, {each['n_unscored']} without a verdict"
+    if each["not_compared"]:
+        yield f"not compared: {each['not_compared']}"
 
 
 def _kinds(each: Mapping) -> str:

@@ -26,6 +26,20 @@ def rows(metrics: Mapping) -> dict[str, dict]:
     return {f"{family}.{name}": row for family, name, row in _rows(metrics)}
 
 
+def problems(metrics: Mapping) -> dict[str, object]:
+    """Returns what a reader of the numbers has to know of a set; null where it does not apply.
+
+    Returns:
+      `n_prompts_cut`, `n_without_question`, `n_closed_unread`, `n_choice_unread`; `judge`, the name of the model that
+      judged the open answers; and `n_unscored`, the number of answers without a verdict.
+    """
+    judged = metrics.get("judged") or next((block for _, _, block, _ in programs.blocks(metrics) if block.get("judge")),
+                                           {})
+    counts = ("n_prompts_cut", "n_without_question", "n_closed_unread", "n_choice_unread")
+    return {**{key: metrics.get(key) for key in counts}, "judge": (judged.get("judge") or {}).get("model"),
+            "n_unscored": judged.get("n_unscored")}
+
+
 def _rows(metrics: Mapping) -> Iterator[tuple[str, str, dict]]:
     control, against = metrics.get("control"), metrics.get("against")
     for family, name, title, count in summary.ROWS:

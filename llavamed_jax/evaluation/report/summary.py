@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from llavamed_jax.errors import count_of
 from llavamed_jax.evaluation.answering.asked import words as asked_words
 from llavamed_jax.evaluation.scoring import controls, programs
 
@@ -94,6 +95,7 @@ def _notes(metrics: Mapping) -> Iterator[str]:
     if control:
         yield controls.reading(control["difference"], "another image")
         yield controls.reading(control["noise"]["difference"], "noise")
+    yield from prompts(metrics)
     if metrics.get("n_closed_unread"):
         yield (f"{metrics['n_closed_unread']} of {metrics['n_closed']} closed answers say neither yes nor no, or both, "
                "and count as wrong")
@@ -119,6 +121,15 @@ def _notes(metrics: Mapping) -> Iterator[str]:
         if any(count for count, _, _ in unread):
             yield (f"warning: {' and '.join(f'{n} of {total} {what}' for n, total, what in unread if n)} of "
                    f"{trained['data']} cannot be read")
+
+
+def prompts(metrics: Mapping) -> Iterator[str]:
+    """Yields what was lost of the prompts: those that were cut, and those without a word of the question."""
+    if metrics.get("n_prompts_cut"):
+        yield f"warning: {count_of(metrics['n_prompts_cut'], 'prompt')} were longer than the model accepts and were cut"
+    if metrics.get("n_without_question"):
+        yield (f"warning: the model saw no word of {count_of(metrics['n_without_question'], 'question')}, because the "
+               "prompt was too long; the answers are scored")
 
 
 def _interval(table: Mapping, name: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llavamed_jax.datasets.sample import CAPTION, CHOICE, OPEN, VqaSample, kinds, of_kind
+from llavamed_jax.datasets.sample import CAPTION, CHOICE, OPEN, VqaSample, clusters, kinds, of_kind
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.scoring import captions, registry, sacre, statistics
@@ -102,6 +102,11 @@ class AnswerSet:
         return [str(sample.image) for sample in self.samples]
 
     @functools.cached_property
+    def clusters(self) -> list[str]:
+        """The cluster of each sample, which the bootstrap draws as one (`sample.clusters`)."""
+        return clusters(self.samples)
+
+    @functools.cached_property
     def kinds(self) -> list[str]:
         """The kind of each question (`sample.KINDS`)."""
         return kinds(self.samples)
@@ -160,7 +165,7 @@ class AnswerSet:
     def resampled(self, seed: int) -> dict[str, list[Resampled]]:
         """Returns the scores by family with their bootstrap, which is drawn once for each seed."""
         if seed not in self._resampled:
-            self._resampled[seed] = {family: statistics.resample(scores, self.images, seed)
+            self._resampled[seed] = {family: statistics.resample(scores, self.clusters, seed)
                                      for family, scores in self.families.items()}
         return self._resampled[seed]
 

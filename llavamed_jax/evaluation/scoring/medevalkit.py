@@ -192,8 +192,12 @@ def mmmu_choice(text: str, options: Sequence[str], guess: random.Random) -> int:
       options: the texts of the options.
       guess: draws the option if none is read.
     """
-    text = unwrapped(text) if "\\boxed{" in text else tagged(text, "answer")
-    text = boxed(text) if "\\boxed" in text and "<answer>" not in text else text
+    text = tagged(text, "answer")
+    text = boxed(text) if boxed(text) != _NO_BOX else text
+    if "<answer>" in text:  # the toolkit unwraps twice
+        text = tagged(text, "answer")
+    elif "\\boxed" in text:
+        text = boxed(text)
     text = text.strip()
     for mark in _ENDS:
         text = text.strip(mark)

@@ -115,6 +115,13 @@ def check_asked(samples: Sequence[VqaSample], predictions: Iterable[Mapping],
     return counts
 
 
+def prompt_counts(predictions: Iterable[Mapping]) -> dict[str, int]:
+    """Returns `n_prompts_cut` and `n_without_question`, as far as the predictions state them."""
+    said = [_metadata(prediction) for prediction in predictions]
+    return {"n_prompts_cut": sum(bool(each.get("prompt_tokens_cut")) for each in said),
+            "n_without_question": sum(each.get("has_question") is False for each in said)}
+
+
 def _named(sample: VqaSample) -> str:
     return f"question {cut(str(sample.question_id))}: "
 

@@ -32,6 +32,7 @@ class Program:
       prompt: returns the prompt of a question.
       is_right: returns whether an answer is right, from the answer and the gold answer. None if `toolkit.py` asks and
         scores, with a judge.
+      fails_on: (set, split) pairs on which the program itself stops with an error, so that it has no numbers.
     """
 
     title: str
@@ -39,11 +40,13 @@ class Program:
     sets: tuple[str, ...]
     prompt: Callable[[VqaSample], str] | None = None
     is_right: Callable[[str, str], bool] | None = None
+    fails_on: tuple[tuple[str, str], ...] = ()
 
 
 PROGRAMS = {
     MEDEVALKIT: Program("MedEvalKit", "MedEvalKit 9b12e3b", (
-        "vqa_rad", "slake", "pathvqa", "pmc_vqa", "omnimedvqa", "medxpertqa_mm", "mmmu_med", "medframeqa")),
+        "vqa_rad", "slake", "pathvqa", "pmc_vqa", "omnimedvqa", "medxpertqa_mm", "mmmu_med", "medframeqa"),
+        fails_on=(("mmmu_med", "test"),)),
     "lmms_eval": Program("lmms-eval", "lmms-eval 0.7.3", ("slake",),
                          lambda sample: lmms_eval.prompt(sample.question, sample.language), lmms_eval.is_right),
     "vlmevalkit": Program("VLMEvalKit", "VLMEvalKit (ms-vlmeval 0.0.20)", ("vqa_rad", "slake", "pathvqa"),

@@ -7,7 +7,7 @@ is there if the set has captioning questions.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,8 +16,8 @@ from llavamed_jax.evaluation import metrics
 from llavamed_jax.evaluation.scoring import captions, registry, statistics
 from llavamed_jax.evaluation.scoring.items import AnswerSet
 from llavamed_jax.evaluation.scoring.leakage import leakage
+from llavamed_jax.evaluation.scoring.predictions import prompt_counts
 from llavamed_jax.evaluation.scoring.reader import plain
-from llavamed_jax.evaluation.scoring.statistics import Score
 from llavamed_jax.evaluation.scoring.strict import is_strictly_right, is_unread, right_choice
 
 GROUPS = ("question_type", "organ", "modality")
@@ -41,8 +41,9 @@ def counts(samples: Sequence[VqaSample]) -> dict[str, int]:
     return sizes | {"n_images": len({str(image) for image in all_images(samples)})}
 
 
-def _groups(samples: Sequence[VqaSample], scores: Mapping[str, Sequence[Score]], seed: int) -> dict:
+def _groups(answers: AnswerSet, seed: int) -> dict:
     """Returns, for each value of each field that varies, strict metrics, the paper's open recall and ROUGE-L."""
+    samples, scores = answers.samples, answers.families
     names = {*registry.names_of("strict"), "recall", "rouge_l"}
     shown = [score for family in scores.values() for score in family if names & set(score.names)]
     result = {}
@@ -54,10 +55,10 @@ def _groups(samples: Sequence[VqaSample], scores: Mapping[str, Sequence[Score]],
         result[group] = {}
         for key, _ in found.most_common():
             rows = [i for i, several in enumerate(keys) if key in several]
-            images = [str(samples[i].image) for i in rows]
+            drawn = [answers.clusters[i] for i in rows]
             part = [dataclasses.replace(score, parts=score.parts[rows]) for score in shown]
             result[group][key] = counts([samples[i] for i in rows]) | statistics.intervals(
-                statistics.resample(part, images, seed))
+                statistics.resample(part, drawn, seed))
     return result
 
 
@@ -110,17 +111,18 @@ def score(answers: AnswerSet, *, dataset: str = "", split: str = "", seed: int =
       seed: seed of the bootstrap.
 
     Returns:
-      The object of `metrics.json`: `dataset split unit n_open n_closed n_choice n_caption n_images seed paper strict
-      baselines groups leakage`; with closed questions `n_closed_unread` (answers to yes/no questions that say neither),
-      with multiple choice `n_choice_unread`, with captions `captions`. Scores are in percent, and None if there is no
-      item or no candidate.
+      The object of `metrics.json`: `dataset split unit n_open n_closed n_choice n_caption n_images n_prompts_cut
+      n_without_question seed paper strict baselines groups leakage`; with closed questions `n_closed_unread` (answers
+      to yes/no questions that say neither), with multiple choice `n_choice_unread`, with captions `captions`. Scores
+      are in percent, and None if there is no item or no candidate.
 
     Raises:
       UserError: an answer type is unknown, or the options of a question do not contain its answer.
     """
     samples, training = answers.samples, answers.training
     families, sizes = tables(answers, seed), counts(samples)
-    result = {"dataset": dataset, "split": split, "unit": "percent", **sizes, "seed": seed}
+    result = {"dataset": dataset, "split": split, "unit": "percent", **sizes,
+              **prompt_counts(answers.predictions), "seed": seed}
     if sizes["n_closed"]:
         result["n_closed_unread"] = sum(is_unread(text, str(sample.answer)) for sample, text, kind
                                         in zip(samples, answers.texts, answers.kinds, strict=True) if kind == CLOSED)
@@ -128,7 +130,7 @@ def score(answers: AnswerSet, *, dataset: str = "", split: str = "", seed: int =
         result["n_choice_unread"] = sum(place is None for place in answers.choices.values())
     return result | families | {
         "baselines": _baselines(samples, training),
-        "groups": _groups(samples, answers.families, seed),
+        "groups": _groups(answers, seed),
         "leakage": leakage(samples, training) if training else None,
     }
 
