@@ -468,6 +468,26 @@ def test_over_a_base_of_few_bits_the_sum_is_of_its_exact_values(tmp_path):
     assert merged(checkpoint).tensors["decoder/layers_0/mlp/up_proj/kernel"].load().dtype == jnp.bfloat16
 
 
+def test_a_run_over_a_base_of_few_bits_has_its_exact_values(tmp_path):
+    """At its start, and when its base is read again; an evaluation of the run has the kernels in few bits."""
+    from llavamed_jax.checkpoints.tree.base import open_base
+    from llavamed_jax.checkpoints.tree.model import write_model
+    from llavamed_jax.training.start import open_start
+    from tests.checkpoints.test_quantised_export import exported
+    _, _, out = exported(tmp_path / "hf", "int4", jnp.bfloat16)
+    start = open_start(shrunk(out, tmp_path, **{"lora.rank": 3}))
+    (tmp_path / "run").mkdir()
+    write_model(tmp_path / "run", start, without=[name for name in start.tensors if is_factor(name)], stays=True)
+    base, stored = open_base(tmp_path / "run"), open_checkpoint(out)
+    rounded = [name for name, tensor in stored.tensors.items() if tensor.few_bits]
+    assert len(rounded) == 14 and base.few_bits == "int4"
+    for name in rounded:
+        exact = np.asarray(stored.tensors[name].few_bits.load().widened(np.float32))
+        assert (exact != stored.read(name)).any()
+        for found in (start, base):
+            np.testing.assert_array_equal(found.read(name), exact, err_msg=name)
+
+
 def test_keys_without_a_rank_are_said_to_be_void(run):
     folder, start = run
     said = void_keys.sentences(shrunk(start, folder, **{"lora.alpha": 5, "lora.dropout": 0.1}))
