@@ -134,6 +134,24 @@ def test_a_step_that_was_refused_is_copied_later(url, hurried, copies, monkeypat
     assert f"x cannot be written: no answer; step 3 is kept in {directory} and copied again later" in said and "another program" not in said
 
 
+def test_a_log_that_grew_while_it_was_copied_is_no_change_by_another_program(url, monkeypatch, capsys):
+    """Though the copy failed after it was written."""
+    write = Bucket.write
+
+    def act(directory, bucket):
+        log = directory / "metrics.jsonl"
+        log.write_bytes(b"{}")
+        bucket._push_logs()
+        log.write_bytes(b"{}{}")
+        save(directory, 3)
+        with monkeypatch.context() as patch:
+            patch.setattr(Bucket, "write", lambda self, name, content: (log.write_bytes(content + b"{}"), write(self, name, content + b"{}"), failing()))
+            bucket.follow(3)
+
+    assert run(url, "none", act)[1] is None and stores.read(f"{url}/metrics.jsonl") == b"{}{}{}" and stores.steps(url) == [3]
+    assert "another program" not in capsys.readouterr().err
+
+
 def test_old_steps_that_cannot_be_deleted_are_deleted_later(url, monkeypatch, capsys):
     def act(directory, bucket):
         save(directory, 3)
@@ -206,6 +224,7 @@ def test_logs_follow_between_steps_but_not_before_they_are_here(url, hurried, co
         (directory / "metrics.jsonl").write_bytes(b"{}{}")
         until(lambda: stores.read(f"{url}/metrics.jsonl") == b"{}{}")
 
+    assert run(url, "none", lambda *_: None)[1] is None and capsys.readouterr().err == ""
     assert run(url, "none", act)[1] is None and capsys.readouterr().err == ""
 
 
