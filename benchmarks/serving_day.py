@@ -30,6 +30,7 @@ from benchmarks.measure import ROOT
 
 FLAGS = ["--dtype", "float32", "--header_timeout", "5", "--body_timeout", "5", "--served_model_name", "served"]
 WARM_UP = 1500  # requests and faults before the clock starts: a program that is compiled later takes 1 to 12 MB
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 _STARTED = re.compile(r"at http://([^:]+):(\d+)")
 
 
@@ -48,9 +49,12 @@ class Process:
         if found is None:
             raise SystemExit(f"serve.py did not start: exit status {self.process.wait()}")
         self.address = (found[1], int(found[2]))
-        while serving_faults.ask(self.address, b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")[0] != 200:
+        while (status := serving_faults.ask(self.address, HEALTH)[0]) != 200:
             if self.process.poll() is not None:
                 raise SystemExit(f"serve.py ended: exit status {self.process.returncode}")
+            if status not in (0, 503):  # no answer, or loading
+                self.process.kill()
+                raise SystemExit(f"serve.py answers /health with status {status}; 503 and then 200 were expected")
             time.sleep(0.2)
 
     def state(self) -> dict[str, int]:

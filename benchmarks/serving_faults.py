@@ -26,7 +26,7 @@ _PATIENCE_S = 600
 
 def post(body: bytes, path: str = "/v1/chat/completions", length: int | None = None) -> bytes:
     """Returns the bytes of a request."""
-    return (f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body) if length is None else length}\r\n"
+    return (f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body) if length is None else length}\r\n"
             "Connection: close\r\n\r\n").encode() + body
 
 
@@ -114,8 +114,8 @@ FAULTS: dict[str, tuple[bytes | Callable[[Address], int], set[int]]] = {
     "a file": (_with_image("file:///etc/passwd"), {400}),
     "an address of the cloud": (_with_image("http://169.254.169.254/latest/meta-data"), {400}),
     "50 MB": (post(b"a" * 50_000_000), {413}),
-    "a flood of headers": (b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 20_000 + b"\r\n", {400, 431}),
-    "another path": (b"GET /../../etc/passwd HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", {400, 404}),
+    "a flood of headers": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 20_000 + b"\r\n", {400, 431}),
+    "another path": (b"GET /../../etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", {400, 404}),
     "half a body": (_half_a_body, {0}),
     "half of the headers": (_silent, {0, 408}),
 }

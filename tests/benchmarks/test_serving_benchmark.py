@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 from PIL import Image
+from starlette.datastructures import Headers
 
-from benchmarks import serving, serving_faults
+from benchmarks import serving, serving_day, serving_faults
+from llavamed_jax.serving.hosts import Hosts
 from llavamed_jax.serving.limits import Limits
 from tests.support.server import running, tiny_model
 
@@ -41,3 +43,29 @@ def test_a_server_outlives_every_fault_and_closes_idle_connections():
         assert (found["left_open"], found["answered"], found["questions"]) == (0, 2, 2)
         assert serving_faults.leave(server.address, body, 3) == 200
         server.until(lambda service: service.scheduler.rows == 0 and service.under_way == 0)
+
+
+@pytest.mark.parametrize("request_of", [lambda: serving_day.HEALTH, lambda: serving_faults.post(b"{}")])
+def test_requests_name_a_host_that_a_server_on_loopback_takes(request_of):
+    (host,) = [line.partition(b": ")[2].decode() for line in request_of().split(b"\r\n") if line.startswith(b"Host")]
+    Hosts().check(Headers({"host": host}))
+
+
+def test_a_server_that_refuses_the_question_for_its_health_ends_the_benchmark(monkeypatch):
+    class Started:
+        stdout, is_killed = ["serving served at http://127.0.0.1:1"], False
+
+        def __init__(self, *_, **__):
+            pass
+
+        def poll(self):
+            return None
+
+        def kill(self):
+            Started.is_killed = True
+
+    monkeypatch.setattr(serving_day.subprocess, "Popen", Started)
+    monkeypatch.setattr(serving_day.serving_faults, "ask", lambda *_: (421, b""))
+    with pytest.raises(SystemExit, match="status 421"):
+        serving_day.Process("model")
+    assert Started.is_killed
