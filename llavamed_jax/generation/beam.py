@@ -239,10 +239,9 @@ class BeamSearch:
         x = run(params, ids, None if pixels is None else run(params, pixels, method="encode_images"), method="embed")
         # Prompts attend only to themselves: prefill needs a cache of T positions; room for the answer is added later.
         caches = self.programs.empty_caches(B, T)
-        x, caches = run(params, x, jnp.broadcast_to(jnp.arange(T), (B, T)), caches, method="step")
+        x, caches = run(params, x, jnp.broadcast_to(jnp.arange(T), (B, T)), caches, lengths - 1, method="step")
         caches = jax.tree.map(lambda c: jnp.pad(c, ((0, 0), (0, 0), (0, cache_length - T), (0, 0))), caches)
-        last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return run(params, last, method="logits"), caches
+        return run(params, x[:, 0], method="logits"), caches
 
     def _decode_steps(self, params, beams: Beams, caches):
         """Runs up to the engine's number of steps on the device; stops when all prompts are done.

@@ -264,10 +264,9 @@ class Programs:
         p = prompts
         x = self.apply(params, p.ids, None if p.images is None else features[p.images], method="embed")
         positions = p.start[:, None] + jnp.arange(p.ids.shape[1])
-        x, caches = self.apply(params, x, positions, caches, method="step")
-        # Only the last position of a prompt goes through the head.
-        last = jnp.take_along_axis(x, (p.length - 1)[:, None, None], axis=1)[:, 0]
-        token, is_failed, logprobs = self._next(params, last, p.sampling, jnp.zeros_like(p.length), top)
+        # Only the last position of a prompt goes through the rest of the last layer and the head.
+        x, caches = self.apply(params, x, positions, caches, p.length - 1, method="step")
+        token, is_failed, logprobs = self._next(params, x[:, 0], p.sampling, jnp.zeros_like(p.length), top)
         return caches, Made(token[:, None], is_failed | self.ends(token) | (p.limit <= 1), is_failed,
                             jax.tree.map(lambda x: x[:, None], logprobs))
 

@@ -113,15 +113,16 @@ class Llava(nn.Module):
         text = self.decoder.embed(input_ids)
         return text if features is None else merge(text, input_ids == IMAGE_TOKEN, features)
 
-    def step(self, x, positions, caches):
+    def step(self, x, positions, caches, wanted=None):
         """Runs embeddings [B,T,D] at `positions` through the cached decoder; returns [B,T,D] and the caches.
 
         Args:
           x: embeddings [B,T,D].
           positions: int32 [B,T], consecutive in a row; keys and values are written at them.
           caches: a tuple of LayerCache, one a layer.
+          wanted: int32 [B], the one place of each row whose output [B,1,D] is wanted; None for all of them.
         """
-        return self.decoder(x, positions, None, caches)
+        return self.decoder(x, positions, None, caches, wanted)
 
     def logits(self, hidden):
         """Maps hidden states [..., D] to float32 logits [..., V]."""

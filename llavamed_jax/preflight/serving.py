@@ -127,10 +127,15 @@ class Serving:
         return self.prefill_flops() + self.batch * self.config.vision_flops_per_image()
 
     def prefill_flops(self) -> float:
-        """Returns the FLOPs of B prompts, whose images are encoded; only the last position goes through the head."""
+        """Returns the FLOPs of B prompts, whose images are encoded.
+
+        Only the last position goes through the head, and through what stands behind the attention of the last layer.
+        """
         decoder, T = self.config.decoder, self.prompt
         head = 2 * decoder.hidden_size * decoder.vocab_size
-        return self.batch * (T * (decoder.forward_flops_per_token(T) - head) + head)
+        behind = 2 * decoder.hidden_size * (decoder.num_heads * decoder.head_dim + 3 * decoder.intermediate_size)
+        once = head + behind
+        return self.batch * (T * (decoder.forward_flops_per_token(T) - once) + once)
 
     def attended(self, program: str) -> float:
         """Returns the keys that a query of the program attends to on average, over answers of `new_tokens`."""

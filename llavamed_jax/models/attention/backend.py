@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from llavamed_jax.errors import UsageError
@@ -60,6 +61,7 @@ class AttentionMask:
       q_segments: int32 [B,T]; None if each row is one segment. Segment 0 is padding.
       k_segments: int32 [B,S]; None if each row is one segment.
       window: width of the sliding window (query i attends to keys i-window < j <= i); None for no window.
+      wanted: int32 [B], the one query of each row whose output is wanted, in the last layer of a prefill; None for all.
     """
 
     q_positions: jax.Array
@@ -67,6 +69,13 @@ class AttentionMask:
     q_segments: jax.Array | None = None
     k_segments: jax.Array | None = None
     window: int | None = flax.struct.field(pytree_node=False, default=None)
+    wanted: jax.Array | None = None
+
+    def narrowed(self, x):
+        """Returns what is wanted of [B,T,...], [B,1,...]; x itself if all is, or if it has been narrowed already."""
+        if self.wanted is None or x.shape[1] == 1:
+            return x
+        return jnp.take_along_axis(x, self.wanted.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
 
     def dense(self) -> jax.Array:
         """Returns the mask as bool [B,T,S], True where a query attends to a key."""

@@ -47,7 +47,7 @@ class Attention(nn.Module):
     is_normed = False
 
     @nn.compact
-    def __call__(self, x, rope, mask, cache):  # [B,T,D] -> [B,T,D], cache
+    def __call__(self, x, rope, mask, cache):  # [B,T,D] -> [B,T,D] ([B,1,D] if `mask` wants one query), cache
         """Returns the attention's output and the updated cache.
 
         Args:
@@ -65,7 +65,7 @@ class Attention(nn.Module):
             q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")
         q, k = self.query_key(q, k)
         context, cache = attend(q, k, v, rope, mask, cache, self.backend, is_saved=not self.is_normed)
-        context = context.reshape(B, T, -1)
+        context = mask.narrowed(context.reshape(B, T, -1))
         axes, has_bias = cfg.axes("self_attn/o_proj"), cfg.has_bias("self_attn/o_proj")
         return Linear(cfg.hidden_size, axes, has_bias, self.dtype, name="o_proj")(context), cache
 
@@ -151,7 +151,7 @@ class Block(nn.Module):
         eps = self.cfg.rms_norm_eps
         h = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
         h, cache = self.attention(self.cfg, self.dtype, self.backend, name="self_attn")(h, rope, mask, cache)
-        x = checkpoint_name(x + h, "middle")
+        x = checkpoint_name(mask.narrowed(x) + mask.narrowed(h), "middle")
         x = x + Mlp(self.cfg, self.dtype, name="mlp")(RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x))
         return constrain(x, "act_batch", None, None), cache
 
@@ -195,7 +195,7 @@ class Decoder(nn.Module):
         """
         return _lookup(self.dtype, self.embed_tokens.embedding, jnp.clip(ids, 0))
 
-    def __call__(self, x, positions, segments=None, caches=None):
+    def __call__(self, x, positions, segments=None, caches=None, wanted=None):
         """Runs the layers and the final norm.
 
         Args:
@@ -203,15 +203,24 @@ class Decoder(nn.Module):
           positions: int32 [B,T]; with caches, consecutive in a row: keys and values are written at them.
           segments: int32 [B,T], the sample of each position, 0 for padding; None if each row is one sample.
           caches: a tuple of LayerCache, one a layer (unscanned layers only), or None.
+          wanted: int32 [B], the one place of each row whose output is wanted, with caches only; None for all of them.
+            The last layer then computes keys and values for all positions, and the rest for one.
 
         Returns:
-          [B,T,D] and the new caches.
+          [B,T,D], or [B,1,D] of what is wanted, and the new caches.
         """
         keys = positions if caches is None else jnp.broadcast_to(
             jnp.arange(caches[0].k.shape[2]), (x.shape[0], caches[0].k.shape[2]))
         mask = AttentionMask(positions, keys, segments, segments, window=self.cfg.sliding_window)
         rope = rope_tables(positions, self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
-        x, caches = run_layers(self.layers, constrain(x, "act_batch", None, None), (rope, mask), caches)
+        x = constrain(x, "act_batch", None, None)
+        if wanted is None:
+            x, caches = run_layers(self.layers, x, (rope, mask), caches)
+        else:
+            last = mask.replace(wanted=wanted)
+            x, before = run_layers(self.layers[:-1], x, (rope, mask), caches[:-1])
+            x, behind = run_layers(self.layers[-1:], x, (rope, last), caches[-1:])
+            x, caches = last.narrowed(x), before + behind
         return self.norm(x), caches
 
     def logits(self, x):

@@ -46,7 +46,7 @@ class Block(llama.Block):
         rope, mask = shared
         eps = self.cfg.rms_norm_eps
         h, cache = self.attention(self.cfg, self.dtype, self.backend, name="self_attn")(x, rope, mask, cache)
-        x = x + RMSNorm(eps, self.dtype, name="post_attention_layernorm")(h)
+        x = mask.narrowed(x) + RMSNorm(eps, self.dtype, name="post_attention_layernorm")(mask.narrowed(h))
         h = llama.Mlp(self.cfg, self.dtype, name="mlp")(x)
         x = x + RMSNorm(eps, self.dtype, name="post_feedforward_layernorm")(h)
         return constrain(x, "act_batch", None, None), cache
