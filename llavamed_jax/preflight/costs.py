@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llavamed_jax.models.attention import flash
-from llavamed_jax.preflight.hlo import Instruction, Module, width
+from llavamed_jax.preflight.hlo import Array, Instruction, Module, width
 
 # Instructions that name values and do no work, and calls that only give memory.
 FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
@@ -169,14 +169,42 @@ def _product(computation: Mapping[str, Instruction], x: Instruction) -> float:
         return 0.0
     out = x.arrays[0].size
     if is_convolution:
-        found = re.search(r"dim_labels=\w+_(\w+)->", x.rest)
-        if found is None or x.operands[1] not in computation:
-            return 0.0
-        kernel = computation[x.operands[1]].arrays[0]
-        return 2.0 * out * kernel.size / max(kernel.dimensions[found[1].index("o")], 1)
+        return _convolution(x, computation[x.operands[0]].arrays[0], computation[x.operands[1]].arrays[0]
+                            if x.operands[1] in computation else None)
     left = computation[x.operands[0]].arrays[0].dimensions
     summed = x.numbers("lhs_contracting_dims") or x.numbers("lhs_contracting_dimensions")
     return 2.0 * out * math.prod(left[i] for i in summed)
+
+
+def _convolution(x: Instruction, image: Array, kernel: Array | None) -> float:
+    """Returns the FLOPs of a convolution, those with padding left out.
+
+    XLA for TPUs writes products as convolutions. Some split heads by a window as wide as their number, of which all but
+    one position lie in padding.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.rest)
+    if labels is None or kernel is None:
+        return 0.0
+    out = x.arrays[0]
+    found = 2.0 * out.size * kernel.dimensions[labels[2].index("i")]
+    given = re.search(r"window=\{([^}]*)\}", x.rest)
+    window = {key: words.split("x") for key, words in re.findall(r"(\w+)=([\w-]+)", given[1])} if given else {}
+    for axis in sorted(set(labels[1]) - {"b", "f"}):
+        read, taken, made = (array.dimensions[names.index(axis)]
+                             for array, names in zip((image, kernel, out), labels.groups()))
+        stride, spread, apart = (int(window[key][int(axis)]) if key in window else 1
+                                 for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        first = -int(window["pad"][int(axis)].split("_")[0]) if "pad" in window else 0
+        width = (read - 1) * spread + 1
+        found *= sum(_taken(first + n * stride, taken, apart, width, spread) for n in range(made)) / made
+    return found
+
+
+def _taken(start: int, number: int, apart: int, width: int, spread: int) -> int:
+    """Returns how many of the positions start, start + apart, … lie in a row of that width on one of its values."""
+    if spread > 1:
+        return sum(0 <= at < width and at % spread == 0 for at in range(start, start + number * apart, apart))
+    return max(0, min(number, -((start - width) // apart)) - max(0, -(start // apart)))
 
 
 def _declared(x: Instruction) -> Cost | None:

@@ -37,6 +37,28 @@ def test_a_product():
     assert found.seconds == pytest.approx(max(found.matmul_flops / 1e12, found.memory_bytes / 1e11), rel=0.05)
 
 
+@pytest.mark.parametrize("of_rows, of_columns", [
+    (dict(pad=(5, 5)), dict()),  # of a window as wide as the row one position is inside, as where XLA for TPUs splits heads
+    (dict(pad=(0, 0), stride=3), dict(pad=(1, 2), stride=2)), (dict(pad=(2, 1), rhs=2), dict(pad=(0, 3))),
+    (dict(pad=(3, 2), lhs=3), dict(pad=(-1, 2), lhs=2, rhs=3)), (dict(pad=(9, 9), rhs=4), dict(pad=(7, 0)))])
+def test_a_convolution_counts_what_lies_inside(of_rows, of_columns):
+    axes = [{"pad": (0, 0), "stride": 1, "lhs": 1, "rhs": 1} | axis for axis in (of_rows, of_columns)]
+    read, kernel = ((6, 7), (6, 3)) if not of_columns else ((9, 8), (3, 4))
+    inside = 1
+    for axis, width, taken in zip(axes, read, kernel):
+        row = [at % axis["lhs"] == 0 for at in range((width - 1) * axis["lhs"] + 1)]
+        low, high = axis["pad"]
+        row = [False] * low + row + [False] * high if min(axis["pad"]) >= 0 else row[-low:] + [False] * high
+        spread = (taken - 1) * axis["rhs"] + 1
+        inside *= sum(sum(row[at:at + spread:axis["rhs"]]) for at in range(0, len(row) - spread + 1, axis["stride"]))
+
+    def convolved(x, k):
+        return jax.lax.conv_general_dilated(
+            x, k, [axis["stride"] for axis in axes], [axis["pad"] for axis in axes], [axis["lhs"] for axis in axes],
+            [axis["rhs"] for axis in axes], ("NHWC", "HWIO", "NHWC"))
+    assert floor(convolved, shape(2, *read, 5), shape(*kernel, 5, 11)).matmul_flops == 2 * 2 * 5 * 11 * inside
+
+
 def test_a_loop_counts_its_rounds_and_reads_the_slice_of_each():
     def stack(x, kernels):
         return jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, kernels)[0]
