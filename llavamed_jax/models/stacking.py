@@ -18,10 +18,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 # The values that a rematerialised block saves for its backward pass besides its input, by `checkpoint_name`. `full`
-# saves no value, `qkvo` the inputs and the output of attention, `attention` also the sum behind it, so that only the
-# feed-forward network is computed again, `minimal` every matrix product. Where a product is only
-# rotated, or only added to the block's input (`middle`), the result is saved in its place: a value that the backward
-# pass does not use is not saved.
+# saves no value, `qkvo` the inputs and the output of attention, `attention` also the sum behind it (`middle`), so that
+# only the feed-forward network's products are computed again, `minimal` every matrix product. Where a product is only
+# rotated, or only added to the block's input, the result is saved in its place: a value that the backward pass does not
+# use is not saved.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "qkvo": jax.checkpoint_policies.save_only_these_names("query", "key", "value", "context"),

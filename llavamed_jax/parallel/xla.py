@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-import jax
+import jaxlib.version
 
 UPDATE, ENGINE = "update", "engine"
 FLAGS: dict[str, dict[str, dict[str, bool | int | str]]] = {
@@ -16,14 +16,14 @@ FLAGS: dict[str, dict[str, dict[str, bool | int | str]]] = {
         # XLA plans for this many percent of the memory. At its default it computes values again that would have fit: it
         # splits the backward pass of SwiGLU into three kernels that read 195 GB where one reads 90. Whether a program
         # fits is judged by its peak, at 95 % of the memory.
-        # The stacks of a scan, what its rounds save and the gradients, are not filled with zeros first: each round
-        # writes its own slice.
-        # Gradients whose shards have this many bytes or more are summed and scattered by themselves, as soon as they
-        # are there; XLA would wait for the last ones of a layer.
-        # XLA lets collectives run beside kernels by itself on Hopper only.
         UPDATE: {"xla_gpu_memory_limit_slop_factor": 150,
+                 # Collectives run beside kernels; by itself XLA lets them on Hopper only.
                  "xla_gpu_enable_latency_hiding_scheduler": True,
+                 # The stacks of a scan, what its rounds save and the gradients, are not filled with zeros first: each
+                 # round writes its own slice.
                  "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
+                 # Gradients whose shards have this many bytes or more are summed and scattered by themselves, as soon
+                 # as they are there; XLA would wait for the last ones of a layer.
                  "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**20},
         # Products of one input with kernels of fewer MB are merged, for which the kernels are copied into one in every
         # round: of 64 rows 3.2 of 26.7 GB a token. Kernels that may be joined are (`models.joined`).
@@ -37,7 +37,7 @@ FLAGS: dict[str, dict[str, dict[str, bool | int | str]]] = {
 }
 
 
-# The first version of JAX that is known to have a flag; an older one ends the compilation with an error.
+# The first version of jaxlib that is known to have a flag; an older one ends the compilation with an error.
 _SINCE = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": (0, 10, 2)}
 
 
@@ -51,5 +51,5 @@ def options(platform: str, of: str) -> dict[str, bool | int | str] | None:
     given = " ".join(os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")).split()
     taken = {word.removeprefix("--").partition("=")[0] for word in given}
     flags = FLAGS.get(platform, {}).get(of, {})
-    has = lambda name: jax.__version_info__ >= _SINCE.get(name, ())
+    has = lambda name: jaxlib.version.__version_info__ >= _SINCE.get(name, ())
     return {name: value for name, value in flags.items() if name not in taken and has(name)} or None

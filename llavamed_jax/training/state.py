@@ -44,7 +44,7 @@ class TrainState:
 
     Attributes:
       step: int32 [], batches seen.
-      skipped: int32 [], batches among them with a loss, gradient or update that was not finite (`step`).
+      skipped: int32 [], batches among them with a loss or gradient that was not finite, which moved nothing (`step`).
       trainable: float32 parameters by name.
       frozen: all other parameters by name, in the dtype of the computation, or kernels of few bits.
       opt_state: the optimizer's state for `trainable`.

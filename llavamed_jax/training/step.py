@@ -70,10 +70,10 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
     Returns:
       (state, batch) -> (state, metrics). The old state is donated: do not use it again. Metrics are float32 scalars:
       `loss` (the mean of tokens, or of the means of samples), `tokens` (supervised), `grad_norm` (before clipping),
-      `learning_rate`, `moved` (0 if the update was below `STILL`), `skipped` (1 if the loss, or
-      the norm of the gradient or of the update, was not finite). If loss or gradient were not finite, parameters and
-      optimizer stay as they were. If only the update was not, the numbers that would not be finite stay, with their
-      moments, and so do the optimizer's counters.
+      `learning_rate`, `moved` (0 if the update was below `STILL`), `skipped` (1 if the loss, or the norm of the
+      gradient or of the update, was not finite). If loss or gradient were not finite, parameters and optimizer stay as
+      they were. If only the update was not, the numbers that would not be finite stay, with their moments; the others
+      move, and the optimizer counts the update.
     """
 
     def step(state: TrainState, batch: Batch):
@@ -99,13 +99,13 @@ def make_train_step(loss_fn: LossFn, optimizer: optax.GradientTransformation, sc
         change = optax.tree.norm(jax.tree.map(jnp.subtract, moved, state.trainable))
         still = STILL * math.sqrt(sum(x.size for x in moved.values()))
         is_whole = is_finite & jnp.isfinite(change)
-        opt_state = jax.tree.map(jnp.where, optimizers.like_state(optimizer, opt_state, is_taken, is_whole), opt_state,
+        opt_state = jax.tree.map(jnp.where, optimizers.like_state(optimizer, opt_state, is_taken, is_finite), opt_state,
                                  state.opt_state)
 
         metrics = dict(loss=total / jnp.maximum(count, 1.0), tokens=tokens, grad_norm=grad_norm,
                        learning_rate=schedule(state.step - state.skipped),
                        moved=(change > still).astype(jnp.float32), skipped=1.0 - is_whole)
-        state = state.replace(step=state.step + 1, skipped=state.skipped + (1 - is_whole.astype(jnp.int32)),
+        state = state.replace(step=state.step + 1, skipped=state.skipped + (1 - is_finite.astype(jnp.int32)),
                               trainable=trainable, opt_state=opt_state)
         return state, metrics
 

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from llavamed_jax.config import DecoderConfig
+from llavamed_jax.config import DecoderConfig, VisionConfig
 from llavamed_jax.models.decoders.llama import Decoder
+from llavamed_jax.models.decoders.olmo import Olmo2Decoder
 from llavamed_jax.models.decoders.qwen import Qwen3Decoder
+from llavamed_jax.models.towers.clip import VisionTower
 from llavamed_jax.parallel.mesh import make_mesh
 
 # Widths that tell one array from another.
@@ -66,6 +68,21 @@ def test_attention_keeps_the_sum_behind_it_too(args):
 def test_minimal_keeps_every_product(args):
     """Attention's and gate's, up's and o's outputs; what the backward pass has no use for is not kept (down's output)."""
     assert widths(kept(args, "minimal")) == INPUT + QKVO + Counter({F: 2, D: 1})
+
+
+@pytest.mark.parametrize("kind, again", [(Decoder, 2), (Qwen3Decoder, 2), (Olmo2Decoder, 3), (VisionTower, 1)])
+def test_attention_and_the_feed_forward_network_are_computed_again_by_name_in_every_kind(args, kind, again):
+    """`qkvo` computes one product more than `attention`, o's, and that gate's and up's, or fc1's, more than `minimal`. OLMo-2's norm takes down's too."""
+    def products(remat):
+        if kind is VisionTower:
+            module, inputs = VisionTower(VisionConfig(D, F, L, N, 8, 4), L, scan=True, remat=remat), (jnp.zeros((B, 8, 8, 3)),)
+            run = lambda params: module.apply({"params": params}, *inputs)
+        else:
+            module, inputs = kind(CFG, scan=True, remat=remat), args[1:]
+            run = lambda params: module.apply({"params": params}, *inputs)[0]
+        params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+        return str(jax.make_jaxpr(jax.grad(lambda params: jnp.sum(jnp.sin(run(params)))))(params)).count("dot_general")
+    assert products("qkvo") - products("attention") == 1 and products("attention") - products("minimal") == again
 
 
 @pytest.mark.parametrize("remat", ["qkvo", "attention", "minimal"])

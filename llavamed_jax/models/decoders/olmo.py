@@ -8,6 +8,7 @@ Source: transformers' Olmo2Model.
 from __future__ import annotations
 
 import flax.linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from llavamed_jax.models import layers
 from llavamed_jax.models.decoders import llama
@@ -46,7 +47,8 @@ class Block(llama.Block):
         rope, mask = shared
         eps = self.cfg.rms_norm_eps
         h, cache = self.attention(self.cfg, self.dtype, self.backend, name="self_attn")(x, rope, mask, cache)
-        x = mask.narrowed(x) + RMSNorm(eps, self.dtype, name="post_attention_layernorm")(mask.narrowed(h))
+        h = checkpoint_name(mask.narrowed(h), "middle")  # the norm's backward pass takes it
+        x = checkpoint_name(mask.narrowed(x) + RMSNorm(eps, self.dtype, name="post_attention_layernorm")(h), "middle")
         h = llama.Mlp(self.cfg, self.dtype, name="mlp")(x)
         x = x + RMSNorm(eps, self.dtype, name="post_feedforward_layernorm")(h)
         return constrain(x, "act_batch", None, None), cache

@@ -158,7 +158,7 @@ class Block(nn.Module):
         """Maps [B,T,D] to [B,T,D]; `shared` is not used, and `cache` is returned unchanged."""
         eps = self.cfg.layer_norm_eps
         h = LayerNorm(eps, self.dtype, name="layer_norm1")(x)
-        x = x + Attention(self.cfg, self.dtype, self.backend, name="self_attn")(h)
+        x = checkpoint_name(x + Attention(self.cfg, self.dtype, self.backend, name="self_attn")(h), "middle")
         x = x + Mlp(self.cfg, self.dtype, name="mlp")(LayerNorm(eps, self.dtype, name="layer_norm2")(x))
         return constrain(x, "act_batch", None, None), cache
 
