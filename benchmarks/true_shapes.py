@@ -164,7 +164,7 @@ def tower(checkpoint: Checkpoint, pixels: np.ndarray):
     x = clip.Embeddings(cfg.vision, jnp.float32).apply({"params": weights.ours}, pixels)
     x = LayerNorm(cfg.vision.layer_norm_eps).apply({"params": norm.ours}, x)
     yield "tower embeddings", x, y
-    block = jax.jit(lambda params, x: clip.Block(cfg.vision, jnp.float32).apply({"params": params}, x, None, None)[0])
+    block = jax.jit(lambda params, x: clip.Block(cfg.vision, jnp.float32, "xla").apply({"params": params}, x, None, None)[0])
     for i in range(cfg.num_vision_layers_used):
         weights = Weights(checkpoint, f"vision_tower/layers_{i}/")
         with torch.device("meta"):

@@ -105,10 +105,11 @@ class PlainTower(nn.Module):
     dtype: object = jnp.float32
     scan: bool = False
     remat: str = "none"
+    attention: str = "xla"
 
     def setup(self):
         self.embeddings = PlainEmbeddings(self.cfg, self.dtype)
-        self.layers = layer_stack(clip.Block, self.num_layers, self.cfg, self.dtype, scan=self.scan, remat=self.remat)
+        self.layers = layer_stack(clip.Block, self.num_layers, self.cfg, self.dtype, self.attention, scan=self.scan, remat=self.remat)
 
     def __call__(self, pixels):
         return run_layers(self.layers, self.embeddings(normalize(pixels, self.cfg)), None)[0]

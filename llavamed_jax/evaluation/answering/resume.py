@@ -178,17 +178,21 @@ def _aside(file: Path, head: object) -> Path:
 
 
 def _line(question: int, answer: Answer) -> str:
-    return json.dumps({"question": question, **dataclasses.asdict(answer)}) + "\n"
+    said = dataclasses.asdict(answer)
+    if answer.has_question:  # what a line does not say
+        del said["has_question"]
+    return json.dumps({"question": question, **said}) + "\n"
 
 
 _FIELDS = {"question": int, "text": str, "finish_reason": str, "tokens_cut": int, "has_question": bool}
+_DEFAULTS = {"has_question": True}
 
 
 def _answers(lines: Sequence[object]) -> tuple[dict[int, Answer], int]:
     """Returns the answers by index of the question, and the number of invalid lines, such as half a line."""
-    whole = [line for line in lines if isinstance(line, dict)
-             and {name: type(value) for name, value in line.items()} == _FIELDS
-             and line["question"] >= 0]
+    said = (_DEFAULTS | line for line in lines if isinstance(line, dict))
+    whole = [line for line in said
+             if {name: type(value) for name, value in line.items()} == _FIELDS and line["question"] >= 0]
     found = {line["question"]: Answer(**{name: line[name] for name in _FIELDS if name != "question"}) for line in whole}
     return found, len(lines) - len(whole)
 
