@@ -54,6 +54,7 @@ class BucketLock:
     def __init__(self, bucket: Bucket):
         self._bucket, self._number, self.lost = bucket, 0, None
         self._renewed = 0.0  # `_clock` before the newest renewal began
+        self._failed: tuple[float, UserError] | None = None  # `_clock` after the newest renewal that failed, and why
         self._renewing, self._has_ended = threading.Lock(), threading.Event()
         self._keeper: threading.Thread | None = None
         self._owner = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "since": _now(), **_process(os.getpid())}
@@ -113,12 +114,18 @@ class BucketLock:
         raise Taken(self.lost)
 
     def confirm(self) -> None:
-        """Raises Taken if this run does not have the lock; asks the store only if the last renewal is long ago."""
+        """Raises Taken if this run does not have the lock; asks the store only if the last renewal is long ago.
+
+        Of several threads that call it at once, one asks; if the store does not answer, all raise its error.
+        """
         if self.lost is not None:
             raise Taken(self.lost)
         if self._is_old():
+            since = _clock()
             with self._renewing:
                 if self._is_old():
+                    if self._failed is not None and self._failed[0] >= since:  # while this thread waited
+                        raise type(self._failed[1])(str(self._failed[1])) from self._failed[1]
                     self._renew()
 
     def renew(self) -> None:
@@ -127,6 +134,13 @@ class BucketLock:
             self._renew()
 
     def _renew(self) -> None:
+        try:
+            self._write()
+        except UserError as error:
+            self._failed = _clock(), error
+            raise
+
+    def _write(self) -> None:
         began = _clock()
         self.check()
         self._bucket.write(f"{_FOLDER}{self._number}", self._content())

@@ -11,6 +11,7 @@ import errno
 import importlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -223,9 +224,20 @@ def _patience(scheme: str, is_brisk: bool) -> dict[str, Any]:
 
 
 def _in_threads(act: Callable[[str], None], names: Sequence[str]) -> None:
-    """Calls a function for each name, several at a time; the first error ends it."""
+    """Calls a function for each name, several at a time; after the first error it begins no other name."""
+    has_failed = threading.Event()
+
+    def act_unless_failed(name: str) -> None:
+        if has_failed.is_set():
+            return
+        try:
+            act(name)
+        except BaseException:
+            has_failed.set()  # before this thread takes the next name, which is sooner than `cancel_futures`
+            raise
+
     with ThreadPoolExecutor(_THREADS) as threads:
-        waiting = [threads.submit(act, name) for name in names]
+        waiting = [threads.submit(act_unless_failed, name) for name in names]
         try:
             for each in waiting:
                 each.result()

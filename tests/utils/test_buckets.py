@@ -107,6 +107,52 @@ def test_a_lock_has_one_owner(bucket):
         second.check()
 
 
+@pytest.mark.parametrize("change", ["upload", "delete"])
+@pytest.mark.parametrize("scheme", ["memory"], indirect=True)
+@pytest.mark.parametrize("begun_by", ["a file", "the lock's thread"])
+def test_files_that_wait_for_one_renewal_fail_with_it(begun_by, change, bucket, tmp_path, monkeypatch):
+    """A store that does not answer is waited for once, and not once for each file; the next copy asks again."""
+    asked, arrived, began = [], [], time.monotonic()
+    lock = BucketLock(bucket)
+    lock.take()
+    lock._renewed -= bucket_lock.STALE_S / 2 + 1
+    names = [f"f{number}" for number in range(5 * buckets._THREADS)]
+    for name in names:
+        (tmp_path / name).touch()
+
+    class Renewing:
+        mutex = threading.Lock()
+
+        def __enter__(self):
+            arrived.append(1)
+            self.mutex.acquire()
+
+        def __exit__(self, *_):
+            self.mutex.release()
+
+    def silent(*_):
+        asked.append(1)
+        while len(arrived) < buckets._THREADS + (begun_by != "a file") and time.monotonic() < began + 60:
+            time.sleep(0.01)
+        raise UserError("the store does not answer")
+
+    files = Bucket(bucket.url, before_change=lock.confirm)
+    act = (lambda: files.upload(tmp_path, names)) if change == "upload" else (lambda: files.delete(names))
+    keeper = threading.Thread(target=lambda: pytest.raises(UserError, lock.renew))
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "_renewing", Renewing())
+        patch.setattr(Bucket, "entries", silent)
+        if begun_by != "a file":
+            keeper.start()
+            while not asked:
+                time.sleep(0.01)
+        with pytest.raises(UserError, match="^the store does not answer$"):
+            act()
+    assert asked == [1] and len(arrived) == buckets._THREADS + (begun_by != "a file")
+    act()
+    assert set(bucket.entries()) == {".lock/1", *(names if change == "upload" else ())}
+
+
 def test_of_many_that_take_a_lock_at_once_one_gets_it(bucket):
     def race(k):
         try:
