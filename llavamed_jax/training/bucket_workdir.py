@@ -103,7 +103,7 @@ class BucketWorkdir:
         self._is_pulled = False  # only then the local directory says what belongs in the bucket
         self._failure: UserError | None = None  # why the last copy of a step failed; None if it did not
         self._is_given_up = False  # whether the run has ended with this failure
-        self._is_warned = False  # whether the beat has warned that logs are not copied
+        self._told: set[str] = set()  # why the beat could not copy, as it has warned since its last copy
 
     def open(self) -> Path:
         """Takes the lock, makes the local directory and copies the run into it."""
@@ -269,7 +269,9 @@ class BucketWorkdir:
                 self._lock.release()
 
     def _push_the_rest(self) -> None:
-        if self._is_pulled and self._lock.lost is None and not self._is_given_up:
+        if self._is_pulled and not self._is_given_up:
+            if self._lock.lost is not None:  # since `settle`, or in a run that ends before it
+                raise bucket_lock.Taken(self._lock.lost)
             self.push()
 
     def _release(self) -> None:
@@ -277,7 +279,8 @@ class BucketWorkdir:
 
     def _leave(self) -> str:
         if self._is_pulled:
-            return bucket_files.keep_or_delete(self.directory, self._sent, self._failure is not None)
+            has_logs = self._failure is not None or self._lock.lost is not None
+            return bucket_files.keep_or_delete(self.directory, self._sent, has_logs)
         shutil.rmtree(self.directory, ignore_errors=True)  # at most a part of what the bucket has
         return ""
 
@@ -330,21 +333,24 @@ class BucketWorkdir:
             self._sent.pop(name, None)
 
     def _keep_up(self) -> None:
-        """Copies the logs, and steps that could not be copied, until the run ends; later tries follow a failure."""
+        """Copies the logs, and steps that could not be copied, until the run ends; later tries follow a failure.
+
+        If another try would fail too, it asks the run to stop, unless nothing but logs waits: the next step will tell.
+        """
         while not self._is_over.wait(LOGS_S):
             try:
                 if self._failure is None:
                     self._push_logs()
                 else:
                     self.push()
-                self._is_warned = False
-            except bucket_lock.Taken as error:
-                _ask_to_stop(error)
-                return
+                self._told.clear()
             except (UserError, OSError) as error:  # OSError: the local disk is full
-                if not self._is_warned:
+                if isinstance(error, bucket_lock.Taken) or isinstance(error, Refused) and self._failure is not None:
+                    _ask_to_stop(error)
+                    return
+                if str(error) not in self._told:
                     warn(str(error))
-                self._is_warned = True
+                self._told.add(str(error))
 
     def _push_logs(self) -> None:
         with self._mutex:

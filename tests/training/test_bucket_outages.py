@@ -29,6 +29,8 @@ def hurried(monkeypatch):
     """Locks are renewed and logs are copied many times a second; a lock is stale much later, whatever else the machine does."""
     for module, name, seconds in ((bucket_lock, "RENEWED_S", 0.05), (bucket_lock, "STALE_S", 20.0), (bucket_lock, "_POLL_S", 0.02), (bucket_workdir, "LOGS_S", 0.05)):
         monkeypatch.setattr(module, name, seconds)
+    yield
+    signals.forget()
 
 
 def until(is_true):
@@ -98,10 +100,29 @@ def test_a_run_that_lost_its_lock_writes_no_further_file(how, url, hurried, copi
     with pytest.raises(Taken, match="was taken by another run .process 5 on other.*nothing more is saved there"):
         first.push(6)
     assert stores.listed(url) == {}
-    signals.forget()
     kept = directory.with_suffix("")
-    assert first.close() == f"step 6 is kept in {kept}, from which `--workdir {kept}` goes on" and copies() == [kept.name]
+    assert first.close() == f"{first._lock.lost}; step 6 is kept in {kept}, from which `--workdir {kept}` goes on" and copies() == [kept.name]
     assert stores.listed(url) == {} and stores.read(f"{url}/.lock/99") == b'{"pid": 5, "host": "other"}'
+
+
+@pytest.mark.parametrize("has_new_lines", [True, False])
+@pytest.mark.parametrize("ending", ["none", "a sentence"])
+def test_a_lock_that_is_lost_when_all_steps_are_copied(ending, has_new_lines, url, copies):
+    """The run fails with a sentence, and the lines that came after the last copy stay here."""
+    def act(directory, bucket):
+        save(directory, 3)
+        bucket.follow(3)
+        bucket.settle()
+        if has_new_lines:
+            (directory / "metrics.jsonl").write_bytes(b"{}")
+        bucket._lock.lost = "the lock was taken by another run"  # as its thread notices
+
+    directory, error = run(url, ending, act)
+    kept = directory.with_suffix("")
+    said = [*["it failed"] * (ending != "none"), "the lock was taken by another run",
+            *[f"the newest lines of metrics.jsonl are kept in {kept}"] * has_new_lines]
+    assert str(error) == "; ".join(said) and copies() == [kept.name] * has_new_lines
+    assert stores.steps(url) == [3] and "metrics.jsonl" not in stores.listed(url)
 
 
 def test_a_late_renewal_is_checked_again(url, monkeypatch):
@@ -132,6 +153,47 @@ def test_a_step_that_was_refused_is_copied_later(url, hurried, copies, monkeypat
     assert len(sent) == len({*sent}) == 4 and stores.read(f"{url}/metrics.jsonl") == b"{}"
     said = capsys.readouterr().err
     assert f"x cannot be written: no answer; step 3 is kept in {directory} and copied again later" in said and "another program" not in said
+
+
+def test_a_step_that_waits_is_refused_for_good(url, hurried, copies, monkeypatch):
+    """The thread that copies it again asks the run to stop, with the reason; the first failure was no reason to stop."""
+    kinds, tries = [UserError], []
+    before_upload(monkeypatch, lambda: (tries.append(1), failing(kind=kinds[0])))
+    bucket, directory = opened(url)
+    save(directory, 6)
+    bucket.follow(6)
+    until(lambda: len(tries) > 2)
+    assert not signals.is_asked()
+    kinds[0] = type("Denied", (Refused,), {"__str__": lambda _: "not permitted"})
+    until(signals.is_asked)
+    assert signals.failure() == "not permitted"
+    with pytest.raises(Refused, match="not permitted"):
+        bucket.settle()
+    kept = directory.with_suffix("")
+    assert bucket.close() == f"step 6 is kept in {kept}, from which `--workdir {kept}` goes on" and copies() == [kept.name]
+
+
+def test_each_reason_for_which_logs_are_not_copied_is_said_once(url, hurried, monkeypatch, capsys):
+    """And again in a later outage. Refused logs alone are no reason to stop."""
+    reasons, tried, write = ["no answer", "not permitted"] * 2 + [""] + ["not permitted", "no answer"] * 2, [], Bucket.write
+    bucket, directory = opened(url)
+    log = directory / "metrics.jsonl"
+
+    def acting(self, name, content):
+        reason = reasons[min(len(tried), len(reasons) - 1)] if name == log.name else ""
+        tried.extend([1] * (name == log.name))
+        if reason:
+            raise (Refused if "permit" in reason else UserError)(reason)
+        write(self, name, content)
+        if name == log.name:
+            log.write_bytes(content * 2)  # something to try again
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "write", acting)
+        log.write_bytes(b"{}")
+        until(lambda: len(tried) > len(reasons))
+    assert bucket.close() == "" and not signals.is_asked() and stores.read(f"{url}/metrics.jsonl") == b"{}{}"
+    said = [line for line in capsys.readouterr().err.splitlines() if line.endswith(("no answer", "not permitted"))]
+    assert [line.split(": ")[-1] for line in said] == ["no answer", "not permitted", "not permitted", "no answer"]
 
 
 def test_a_log_that_grew_while_it_was_copied_is_no_change_by_another_program(url, monkeypatch, capsys):
