@@ -53,7 +53,8 @@ STATED = ["{0}. The correct answer is {1}.", "{0}. It is {1}.", "{0}, it could b
           "{0}, I think it is {1}", "{0}, as seen in the image, it is {1}", "{0} (it may be {1})", "{0}. It's {1}.", "{0}\nExplanation: it is {1}.",
           "{0}, because the answer is {1}.", "{0}. That was {1}.", "{0}. See {1}.", "{0}. On this image {1} is visible.", "{0}. Clearly {1}.",
           "{0}, which is {1}", "{0}. The correct one: {1}", "{0}. Although {1} is visible.", "{0}，这是{1}", "{0}。答案应该是{1}", "{0}，图中是{1}",
-          "{0}，可能是{1}", "{0}。有{1}", "{0}. It is seen in the image. It is {1}."]  # fmt: skip
+          "{0}，可能是{1}", "{0}。有{1}", "{0}. It is seen in the image. It is {1}.", "{0}, because {1}", "{0}, due to {1}",
+          "{0}. Explanation: {1}.", "{0}, since {1} is more likely", "{0}，因为{1}", "{0}，因为是{1}", "{0}, because there is {1}"]  # fmt: skip
 REFUSALS = ["No image was provided.", "No idea.", "No answer", "No clear answer can be given.", "No information is available",
             "No further information.", "No one can say.", "no-one", "No, I cannot see any image", "No doubt about it: a fracture is present.",
             "No question, it is broken.", "No way to tell.", "No pictures are attached", "No CT scan was uploaded.", "No. I don't know.",
@@ -62,6 +63,30 @@ REFUSALS = ["No image was provided.", "No idea.", "No answer", "No clear answer 
 ANSWERED = ["No mass is seen.", "No image findings of a fracture.", "No, I cannot see a fracture.", "No, it is not clear.", "No abnormality can be identified",
             "No, the mass is difficult to see.", "No. I do not see any signs of a fracture on this CT scan.", "No - one lung is normal",
             "No, there is no scan abnormality.", "No definite mass."]  # fmt: skip
+
+SAYS_YES = [
+    "Yes, there is a mass in the left lung. The nature of the mass cannot be determined from this image alone.",
+    "Yes, the image shows a pleural effusion, but the underlying cause cannot be determined.",
+    "Yes. The exact cause cannot be determined from this image.", "Yes, but its nature cannot be determined.",
+    "Yes, that is correct.", "Yes, based on the image, there is a mass.",
+    "Yes, there is a mass but I cannot tell how old it is"]  # fmt: skip
+SAYS_NO = ["No, there is no fracture. Soft tissue injury cannot be assessed on an X-ray.",
+    "No abnormality is seen. As an AI, I recommend a radiologist's review.",
+    "No CT evidence of hemorrhage is displayed.", "No x-ray findings of fracture are included in this view",
+    "No images show bleeding", "No details of a fracture are visible", "No data suggest a fracture",
+    "No body part is fractured", "No problem is seen.", "No, I don't think so.", "No, that is incorrect.",
+    "No response to treatment is seen"]  # fmt: skip
+SAYS_NOTHING = ["No access to the image.", "No response", "No content", "No results found",
+    "No, sorry, the picture is missing", "No, I need the image.", "No problem! Please ask", "Yes, that is incorrect.",
+    "Yes, maybe", "Yes, I doubt it", "Yes, I don't think so", "No, that is correct.", "No images are visible",
+    "No data.", "No image in your message", "No, based on the image, I cannot tell.",
+    "Yes, well, I'm sorry, but I cannot determine that.", "No chest X-ray was provided.",
+    "Yes, but it cannot be determined.", "No reply", "No output", "nobody can say", "No body can say", "No-body knows"]  # fmt: skip
+YES_MORE_ZH = ["是的，没有异常。", "有，无积液。", "是的，没有看到骨折", "是的，非常明显", "是的，不规则肿块", "有的，肿块边界不清楚", "有，在左肺或右肺", "是，可能是肺炎", "有肿块",
+    "有的，性质不能确定", "有积液，性质不确定"]  # fmt: skip
+NO_MORE_ZH = ["不是，是MRI", "不是，是CT图像", "不，是T2加权", "不是，有3个", "没有，看不到肿块。", "没有肿块", "没有，无法看到肿块", "无积液。"]  # fmt: skip
+NOTHING_ZH = ["没有图像", "有没有", "有可能", "没有，我不清楚", "没有，看不清", "是，可能不是", "是，也可能", "有，对吗？", "没有提供图像", "无法确定", "没有办法",
+    "有，无法判断", "是，不清楚", "不是，抱歉，我无法确定", "没有有", "有或没有", "是右肺", "有肿块吗", "没有肿块吗？", "是，不是", "无关", "有肿块，没有。", "没有把握"]  # fmt: skip
 
 
 def both(first, second):
@@ -116,10 +141,38 @@ def test_a_refusal_is_no_answer():
     assert result["paper"]["closed_accuracy_substring"] > 90, "the paper's numbers look for the letters of no"
 
 
+@pytest.mark.parametrize("texts, read, said", [
+    (SAYS_YES, polarity.yes_or_no, "yes"), (SAYS_NO, polarity.yes_or_no, "no"), (SAYS_NOTHING, polarity.yes_or_no, None),
+    (YES_MORE_ZH, polarity.chinese, "yes"), (NO_MORE_ZH, polarity.chinese, "no"), (NOTHING_ZH, polarity.chinese, None)])
+def test_only_the_first_clause_behind_yes_or_no_refuses(texts, read, said):
+    assert [(text, read(text)) for text in texts if read(text) != said] == []
+
+
 @pytest.mark.parametrize("gold, other", [("left lung", "right lung"), ("CT", "MRI"), ("Pneumonia", "tuberculosis"), ("2", "3"), ("左肺", "右肺")])
 def test_a_second_answer_is_no_remark(gold, other):
     assert [form for form in STATED if open_scores(form.format(gold, other), gold)[0]] == []
     assert [form for form in STATED if open_scores(form.format(gold, other), other)[0]] == []
+
+
+@pytest.mark.parametrize("text, gold, is_right", [
+    ("Pneumonia, because there is consolidation with air bronchograms.", "Pneumonia", True),
+    ("Pneumonia, because there are patchy opacities", "Pneumonia", True),
+    ("CT, because it is a cross-sectional image", "CT", True), ("CT, as seen in the CT image", "CT", True),
+    ("Left lung, because right lung", "Left lung", False), ("Left lung, due to the right lung", "Left lung", False),
+    ("Left lung. Explanation: right lung.", "Left lung", False),
+    ("Pneumonia. Explanation: tuberculosis.", "Pneumonia", False),
+    ("Pneumonia, since tuberculosis is more likely", "Pneumonia", False), ("左肺，因为是右肺", "左肺", False),
+    ("Pneumonia, because of patchy opacities", "Pneumonia", True),
+    ("CT, because the CT image shows bright bone", "CT", True), ("CT, because the MRI shows bright bone", "CT", False),
+    ("Left lung, because there is an opacity on the left", "Left lung", True),
+    ("Left lung, because there is an opacity on the right", "Left lung", False),
+    ("Pneumonia, because there is tuberculosis", "Pneumonia", False),
+    ("Axial, because it is a coronal image", "Axial", False), ("2, because 3 are visible", "2", False),
+    ("左肺，因为左侧可见高密度影", "左肺", True), ("左肺，因为右侧可见高密度影", "左肺", False),
+    ("X-Ray, because the radiograph shows the chest", "X-Ray", True),
+    ("Lung, because it is a heart image", "Lung", False)])  # fmt: skip
+def test_a_reason_tells_how_something_looks(text, gold, is_right):
+    assert open_scores(text, gold)[0] is is_right
 
 
 YES_ZH, NO_ZH = ["是", "是的", "存在", "包含", "包括", "有", "可以", "对", "对的"], ["不是", "不是的", "不存在", "不包含", "不包括", "没有", "无", "否", "不"]
@@ -131,7 +184,7 @@ def test_chinese_words_for_yes_are_one_answer(same, others):
     for gold in same:
         assert [form.format(text) for form in forms for text in same if not is_strictly_right(form.format(text), gold)] == []
         texts = [form.format(text) for form in forms for text in others] + both(gold, others[0]) + both(others[0], gold)
-        texts += [wrong.format(gold) for wrong in WRONG] + [f"{gold}右肺", f"{gold}，我无法确定", f"{gold}吗", f"{gold}，但我不知道", "右肺", ""]
+        texts += [wrong.format(gold) for wrong in WRONG] + [f"{gold}的右肺", f"是{gold}", f"{gold}，我无法确定", f"{gold}吗", f"{gold}，但我不知道", "右肺", ""]
         assert [text for text in texts if text.replace(" ", "") not in same and is_strictly_right(text, gold)] == []
     assert not is_strictly_right("是", "都是") and is_strictly_right("都是", "都是") and not is_strictly_right("是", "Yes")
 
