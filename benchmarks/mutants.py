@@ -67,7 +67,7 @@ MUTANTS = [
            "g / jnp.maximum(divisor, 1.0) ** 0",
            ("training/test_training_step.py", "parity/test_training_torch.py")),
     Mutant("an update that is not finite is applied to the moments", "training/step.py",
-           "like_state(optimizer, opt_state, is_taken, is_whole)",
+           "like_state(optimizer, opt_state, is_taken, is_finite)",
            "like_state(optimizer, opt_state, jax.tree.map(jnp.ones_like, is_taken), True)",
            ("training/test_training_step.py", "training/test_standing_still.py", "training/test_training_run.py")),
     Mutant("a number that overflows in the optimizer is written", "training/step.py", "is_finite & jnp.isfinite(x)",
