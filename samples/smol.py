@@ -3,10 +3,10 @@
     python samples/smol.py [--out DIR] [--source FOLDER …] [--vision PATH] [--seed 0] [--prepare]
 
 It fetches the decoder (98 MB), joins it to a tower of random weights, trains a short version of `configs/smol.py` on the
-sample (about 800 captions and questions; a CPU trains some 100 tokens a second), evaluates it on images that no stage has seen, and asks three
-questions. Started again, what is finished is not done again. `--prepare` stops before the training, with all that the
-whole `configs/smol.py` starts from; `--source` then names the folders of VQA-RAD and SLAKE, and `--vision runs/small` takes
-the tower that `configs/small.py` has trained.
+sample (about 800 captions and questions; a CPU trains some 100 tokens a second), evaluates it on images that no stage
+has seen, and asks three questions. Started again, what is finished is not done again. `--prepare` stops before the
+training, with all that the whole `configs/smol.py` starts from; `--source` then names the folders of VQA-RAD and SLAKE,
+and `--vision runs/small` takes the tower that `configs/small.py` has trained.
 """
 
 from __future__ import annotations

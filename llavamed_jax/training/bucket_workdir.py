@@ -245,7 +245,7 @@ class BucketWorkdir:
         if self._beat.is_alive():
             self._beat.join()
         said = []
-        for act in (self._push_the_rest, self._release, self._leave):
+        for act in (self._push_the_rest, self._lock.release, self._leave):
             try:
                 with on_local_disk(self.directory):
                     said.append(act())
@@ -273,9 +273,6 @@ class BucketWorkdir:
             if self._lock.lost is not None:  # since `settle`, or in a run that ends before it
                 raise bucket_lock.Taken(self._lock.lost)
             self.push()
-
-    def _release(self) -> None:
-        self._lock.release()
 
     def _leave(self) -> str:
         if self._is_pulled:

@@ -151,7 +151,7 @@ class Block(nn.Module):
         eps = self.cfg.rms_norm_eps
         h = RMSNorm(eps, self.dtype, name="input_layernorm")(x)
         h, cache = self.attention(self.cfg, self.dtype, self.backend, name="self_attn")(h, rope, mask, cache)
-        x = checkpoint_name(mask.narrowed(x) + mask.narrowed(h), "middle")
+        x = checkpoint_name(mask.narrowed(x) + h, "middle")
         x = x + Mlp(self.cfg, self.dtype, name="mlp")(RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x))
         return constrain(x, "act_batch", None, None), cache
 

@@ -47,7 +47,7 @@ class Block(llama.Block):
         rope, mask = shared
         eps = self.cfg.rms_norm_eps
         h, cache = self.attention(self.cfg, self.dtype, self.backend, name="self_attn")(x, rope, mask, cache)
-        h = checkpoint_name(mask.narrowed(h), "middle")  # the norm's backward pass takes it
+        h = checkpoint_name(h, "middle")  # the norm's backward pass takes it
         x = checkpoint_name(mask.narrowed(x) + RMSNorm(eps, self.dtype, name="post_attention_layernorm")(h), "middle")
         h = llama.Mlp(self.cfg, self.dtype, name="mlp")(x)
         x = x + RMSNorm(eps, self.dtype, name="post_feedforward_layernorm")(h)
