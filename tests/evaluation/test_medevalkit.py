@@ -1,6 +1,6 @@
 """`scoring=medevalkit`: the toolkit's rules on hand-made cases, its prompts to the character, its judge, and its switches.
 
-With `MEDEVALKIT=DIR`, a checkout of the toolkit at 9b12e3b, and the packages rouge, mathruler and tenacity, the last test runs the
+With `MEDEVALKIT=DIR`, a checkout of the toolkit at 9b12e3b, and the packages rouge, mathruler, pylatexenc and tenacity, the last test runs the
 toolkit's own scorers beside ours on 2,000 generated answers.
 """
 
