@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 from tests.support import xla
@@ -82,6 +83,16 @@ def processor(mistral_tokenizer):
 def llama_tokenizer(shared) -> Path:
     """LLaMA's SentencePiece model (32,000 pieces); its licence keeps it out of the project."""
     return shared / "tokenizers" / "llama2.tokenizer.model"
+
+
+@pytest.fixture
+def slow_signal():
+    """A signal soon, in the middle of a wait of 0.2 s, with a handler that outlasts the wait: as on a busy machine."""
+    earlier = signal.signal(signal.SIGALRM, lambda *_: time.sleep(0.3))
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, earlier)
 
 
 @pytest.fixture

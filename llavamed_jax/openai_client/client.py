@@ -310,7 +310,8 @@ class _Requests:
 
     def __init__(self, make_client: Callable):
         # (number, result or exception, function that frees the slot), in the order in which requests end.
-        self._done: queue.SimpleQueue = queue.SimpleQueue()
+        # SimpleQueue's `get` waits without end if a signal's handler outlasts the rest of its timeout.
+        self._done: queue.Queue = queue.Queue()
         self._free: Callable[[], None] | None = None
         self._client, self._gate = make_client()
         self._loop = asyncio.new_event_loop()

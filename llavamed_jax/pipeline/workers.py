@@ -53,7 +53,8 @@ class InOrder(Iterator):
         self._shared = worker_notes.Shared(workers)
         self._taken = 0
         self._wanted: queue.SimpleQueue = queue.SimpleQueue()
-        self._made: queue.SimpleQueue = queue.SimpleQueue()
+        # SimpleQueue's `get` waits without end if a signal's handler outlasts the rest of its timeout.
+        self._made: queue.Queue = queue.Queue()
         dataset = _dataset(make, count, workers, self._shared.path)
         self._thread = threading.Thread(target=_run, args=(dataset, self._wanted, self._made), name="loader",
                                         daemon=True)
@@ -178,7 +179,7 @@ def _dataset(make: Callable, count: int, workers: int, path: str) -> grain.IterD
     return dataset
 
 
-def _run(dataset: grain.IterDataset, wanted: queue.SimpleQueue, made: queue.SimpleQueue) -> None:
+def _run(dataset: grain.IterDataset, wanted: queue.SimpleQueue, made: queue.Queue) -> None:
     """Runs grain in a thread, since its waits cannot be interrupted.
 
     Signals are blocked in the thread, and so in the threads and processes that it starts: Ctrl-C and a scheduler's

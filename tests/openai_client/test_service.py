@@ -17,6 +17,7 @@ from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.openai_client import replies
 from llavamed_jax.openai_client.address import read_address
 from llavamed_jax.openai_client.client import Service, ServiceError
+from llavamed_jax.utils import signals
 from llavamed_jax.utils.retry_after import retry_after
 from tests.support.openai_server import FAULTS, OpenAiServer
 
@@ -290,6 +291,15 @@ def test_closing_cancels_what_is_under_way():
             assert time.monotonic() - sent_at[0] < 10 and len(server.log) == 1 + 8
     finally:
         signal.signal(signal.SIGALRM, earlier)
+
+
+def test_a_wait_ends_although_a_signal_was_handled_in_it(slow_signal):
+    with OpenAiServer(lambda body: server.stopping.wait(120) or "x") as server, signals.listening(signals.Phase("", grace=None, raises=True)):
+        threading.Timer(1, signals.ask, ["no more"]).start()
+        begun = time.monotonic()
+        with pytest.raises(signals.Stopped, match="no more"):
+            ask(Service(server.url, "tiny"), ["a"])
+        assert time.monotonic() - begun < 30
 
 
 def test_an_error_of_the_requests_themselves_is_raised():

@@ -64,6 +64,19 @@ def process_of(found, worker):
     return pid
 
 
+def test_a_signal_does_not_lengthen_the_wait(slow_signal):
+    with started(Make(hanging=[0]), 1, 0) as found:
+        def on_wait(waited):
+            if waited > 3 * workers._POLL_S:
+                raise signals.Stopped("seen")
+
+        found.on_wait = on_wait
+        begun = time.monotonic()
+        with pytest.raises(signals.Stopped, match="seen"):
+            next(found)
+        assert time.monotonic() - begun < 30
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_worker_that_was_killed_is_named(count):
     with started(Make(), 10**6, count) as found:
