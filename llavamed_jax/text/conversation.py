@@ -106,7 +106,7 @@ def image_first(text: str, marker: str = IMAGE_MARKER) -> str:
 
 
 def training_turns(template: Template, conversation: Sequence[dict]) -> list[tuple[str, str]]:
-    """Checks a LLaVA conversation and returns its turns; a leading answer is dropped.
+    """Checks a LLaVA conversation and returns its turns; a leading answer is dropped, except with `plain`.
 
     Only the v0 procedure accepts any speakers in any order, as the original does.
 
@@ -121,7 +121,7 @@ def training_turns(template: Template, conversation: Sequence[dict]) -> list[tup
       UserError: the value is not a list of {from, value}, a speaker is unknown, speakers do not alternate, or no turn
         is left.
     """
-    turns, labels = _read_turns(conversation), template.labels
+    turns, labels, start = _read_turns(conversation), template.labels, 0
     if labels != "v0":
         unknown = sorted({speaker for speaker, _ in turns} - {"human", "gpt"})
         if unknown:
@@ -138,7 +138,7 @@ def training_turns(template: Template, conversation: Sequence[dict]) -> list[tup
                         "think block before an answer; answers without reasoning were expected")
     if not turns:
         raise UserError("the conversation is empty; at least one question and its answer were expected")
-    if labels == "plain" and (len(turns) != 2 or IMAGE_MARKER not in turns[0][1]):
+    if labels == "plain" and (start or len(turns) != 2 or IMAGE_MARKER not in turns[0][1]):
         raise UserError(f"the template {template.name} needs a conversation of two turns: <image>, then its caption")
     return turns
 

@@ -149,6 +149,18 @@ def test_substring_accuracies(prediction, reference, substring, yes_no):
     assert metrics.is_yes_no_hit(prediction, reference) is yes_no
 
 
+@pytest.mark.parametrize("prediction, reference", [
+    ("The lungs are clear. " * 32 + "left. side", "left side"),
+    ("Finding. " * 32 + "e.g. right. lower lobe", "right lower lobe"),
+    ("ok. " * 33 + "n.o", "no"),
+])
+def test_substrings_are_looked_for_in_texts_that_were_normalised_once(prediction, reference):
+    """A second pass would remove the 33rd period and find the reference."""
+    assert metrics.open_values(prediction, reference, None)["open_accuracy_substring"] is False
+    closed = metrics.closed_values(prediction, reference)
+    assert closed["closed_accuracy_substring"] is closed["closed_accuracy_yes_no"] is False
+
+
 def test_relations_that_hold_for_any_text():
     words = ["left", "the", "x-ray", "1,000", "none", "3.5", "dont", "(ct)", "lung.", "Ünïcode", "…", "-", "."]
     rng = random.Random(0)

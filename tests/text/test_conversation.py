@@ -150,7 +150,8 @@ def test_samples_at_max_length_are_not_checked(llama_tokenizer):
     ([{"from": "d" * 10**6, "value": "x"}], "v1.0:v1", "a turn from 'd{79}…; human or gpt"),
     (talk("x\ud800", "y"), "up:vicuna_v1", "half a surrogate pair at character"),
     (talk("", ""), "v1.5:mistral_instruct", "a first message of the user that is not empty"),
-    (talk("no image", "caption"), "up:plain", "<image>, then its caption")])
+    (talk("no image", "caption"), "up:plain", "<image>, then its caption"),
+    ([{"from": "gpt", "value": "x"}, *talk("<image>", "caption")], "up:plain", "<image>, then its caption")])
 def test_bad_conversations(mistral_tokenizer, conversation, template, sentence):
     with pytest.raises(ValueError, match=sentence):
         Processor.load(mistral_tokenizer, template).training_example(conversation)
