@@ -26,7 +26,8 @@ from llavamed_jax.models.layers import Linear
 PARTS = {"self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")), "mlp": ("gate_up_proj", ("gate_proj", "up_proj"))}
 
 
-def products(module: nn.Module, block: str, x, widths: Sequence[int]) -> list[jax.Array]:
+def products(module: nn.Module, block: str, x, widths: Sequence[int],
+             kernels: Mapping[str, jax.Array] | None = None) -> list[jax.Array]:
     """Returns the products of x [..., D] with the parts of a block's joined kernel, [..., F] each.
 
     Args:
@@ -34,11 +35,12 @@ def products(module: nn.Module, block: str, x, widths: Sequence[int]) -> list[ja
       block: a key of `PARTS`.
       x: the input.
       widths: F of each part.
+      kernels: kernels by part, for `Linear`; a part that is not among them takes its own.
     """
     name, parts = PARTS[block]
     of = {part: (module.cfg.axes(f"{block}/{part}"), module.cfg.has_bias(f"{block}/{part}")) for part in parts}
     if not module.has_variable("params", name):
-        return [Linear(F, *of[part], module.dtype, name=part)(given)
+        return [Linear(F, *of[part], module.dtype, name=part)(given, (kernels or {}).get(part))
                 for F, part, given in zip(widths, parts, shared(x, len(parts)), strict=True)]
     y = Linear(sum(widths), *of[parts[0]], module.dtype, name=name)(x)
     return jnp.split(y, np.cumsum(widths)[:-1], axis=-1)

@@ -42,12 +42,19 @@ class Linear(nn.Module):
     out_dtype: Any = None
 
     @nn.compact
-    def __call__(self, x):  # [..., D] -> [..., features]
-        """Maps [..., D] to [..., features]."""
+    def __call__(self, x, kernel=None):  # [..., D] -> [..., features]
+        """Maps [..., D] to [..., features].
+
+        Args:
+          x: the input.
+          kernel: the layer's kernel [D, features], as `backward.kernels_first` returns it; None to take it from the
+            parameters.
+        """
         if isinstance(given := self.get_variable("params", "kernel"), kernels.Kernel):
             y = given.product(x, self.dtype, self.out_dtype)
         else:
-            kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+            if kernel is None:
+                kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
             kernel = constrain_weight(kernel.astype(self.dtype), *self.axes)
             y = kernels.dot(x.astype(self.dtype), kernel, self.out_dtype)
         # qwix gives its own factors the same names, without a scale, and multiplies itself.

@@ -24,7 +24,10 @@ FLAGS: dict[str, dict[str, dict[str, bool | int | str]]] = {
                  "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
                  # Gradients whose shards have this many bytes or more are summed and scattered by themselves, as soon
                  # as they are there; XLA would wait for the last ones of a layer.
-                 "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**20},
+                 "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**20,
+                 # Weights of a megabyte or more are gathered one by one: of a tower's layer the first product waits for
+                 # its own kernels only.
+                 "xla_gpu_all_gather_combine_threshold_bytes": 2**20},
         # Products of one input with kernels of fewer MB are merged, for which the kernels are copied into one in every
         # round: of 64 rows 3.2 of 26.7 GB a token. Kernels that may be joined are (`models.joined`).
         ENGINE: {"xla_gpu_dot_merger_threshold_mb": 0},

@@ -10,7 +10,8 @@ def test_each_platform_has_its_own():
     new = {"xla_gpu_enable_dus_accumulator_zero_init_elimination": True} if jaxlib.version.__version_info__ >= (0, 10, 2) else {}
     assert xla.options("gpu", xla.UPDATE) == {
         "xla_gpu_memory_limit_slop_factor": 150, "xla_gpu_enable_latency_hiding_scheduler": True,
-        "xla_gpu_reduce_scatter_combine_threshold_bytes": 1 << 20, **new}
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": 1 << 20,
+        "xla_gpu_all_gather_combine_threshold_bytes": 1 << 20, **new}
     assert set(xla.options("gpu", xla.ENGINE)) == {"xla_gpu_dot_merger_threshold_mb"}
     assert set(xla.options("tpu", xla.UPDATE)) == {"xla_jf_spmd_threshold_for_windowed_einsum_mib"}
     assert xla.options("tpu", xla.ENGINE) is xla.options("cpu", xla.UPDATE) is xla.options("metal", xla.ENGINE) is None

@@ -209,8 +209,8 @@ def without_bias(part):
     def change(monkeypatch):
         real = layers.Linear.__call__
 
-        def wrong(self, x):
-            y = real(self, x)
+        def wrong(self, x, *kernel):
+            y = real(self, x, *kernel)
             return y - self.get_variable("params", "bias") if self.name == part and "decoder" in self.path else y
         monkeypatch.setattr(layers.Linear, "__call__", wrong)
     return change

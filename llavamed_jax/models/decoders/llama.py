@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llavamed_jax.config import DecoderConfig
 from llavamed_jax.models import joined
 from llavamed_jax.models.attention.backend import AttentionMask, attention
+from llavamed_jax.models.backward import kernels_first
 from llavamed_jax.models.layers import ACTIVATIONS, Linear, RMSNorm, apply_rope, rope_tables
 from llavamed_jax.models.stacking import layer_stack, run_layers
 from llavamed_jax.parallel.mesh import RULES, constrain, spec_of
@@ -123,9 +124,11 @@ class Mlp(nn.Module):
     def __call__(self, x):  # [B,T,D] -> [B,T,D]
         """Maps [B,T,D] to [B,T,D]."""
         cfg = self.cfg
-        gate, up = joined.products(self, "mlp", x, [cfg.intermediate_size] * 2)
-        product = ACTIVATIONS[cfg.hidden_act](gate) * up
-        return Linear(cfg.hidden_size, cfg.axes("mlp/down_proj"), cfg.mlp_bias, self.dtype, name="down_proj")(product)
+        x, kernels = kernels_first(self, x, ("gate_proj", "up_proj", "down_proj"))
+        gate, up = joined.products(self, "mlp", x, [cfg.intermediate_size] * 2, kernels)
+        product, down = ACTIVATIONS[cfg.hidden_act](gate) * up, kernels.get("down_proj")
+        axes = cfg.axes("mlp/down_proj")
+        return Linear(cfg.hidden_size, axes, cfg.mlp_bias, self.dtype, name="down_proj")(product, down)
 
 
 class Block(nn.Module):
