@@ -13,14 +13,12 @@ import csv
 import json
 import os
 import re
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llavamed_jax.curation import names
+from llavamed_jax.curation import names, tar_shard
 from llavamed_jax.curation.jats import Article, Figure, read_articles
 from llavamed_jax.curation.jats_licence import strictest
 from llavamed_jax.curation.xml_bounds import MOST_XML
@@ -28,7 +26,6 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.utils.files import open_file
 
 UNREADABLE = "file that cannot be read"
-_MOST_MEMBER = 2**28  # bytes of a file in a shard
 
 
 @dataclass
@@ -164,21 +161,33 @@ def read_biomedica(folder: Path) -> Iterator[Item]:
 
 
 def _shard(shard: Path) -> Iterator[Item]:
-    key, parts = "", {}
+    key, parts, is_empty = "", {}, True
     try:
-        with open_file(shard) as file, tarfile.open(fileobj=file, mode="r|*") as members:
-            for member in members:
-                stem, _, suffix = member.name.rpartition(".")
-                if stem != key and parts:
-                    yield _sample(shard, key, parts)
-                    parts = {}
-                key = stem
-                if member.isreg() and member.size <= _MOST_MEMBER:
-                    parts[suffix.lower()] = members.extractfile(member).read()
-            if parts:
+        for name, data in tar_shard.files(shard):
+            stem, _, suffix = name.rpartition(".")
+            if stem != key and parts:
                 yield _sample(shard, key, parts)
-    except (tarfile.TarError, EOFError, OSError, UserError, zlib.error) as error:
-        yield Refused(str(shard), f"damaged shard: {type(error).__name__}")
+                parts = {}
+            key, is_empty = stem, False
+            if data is not None:
+                parts[suffix.lower()] = data
+    except (OSError, UserError):
+        yield Refused(str(shard), UNREADABLE)
+    except tar_shard.ShardError as error:
+        if {"txt", "json"} <= parts.keys() and _image_of(parts) is not None:
+            yield _sample(shard, key, parts)
+        elif parts:  # without its JSON it would have no licence
+            yield Refused(f"{shard} {key}", "sample cut off in a damaged shard")
+        yield Refused(f"{shard} byte {error.place}", f"damaged shard: {error}")
+    else:
+        if parts:
+            yield _sample(shard, key, parts)
+        if is_empty:
+            yield Refused(str(shard), "shard without a sample")
+
+
+def _image_of(parts: dict[str, bytes]) -> bytes | None:
+    return next((parts[suffix] for suffix in ("jpg", "jpeg", "png") if suffix in parts), None)
 
 
 def _sample(shard: Path, key: str, parts: dict[str, bytes]) -> Item:
@@ -196,8 +205,7 @@ def _sample(shard: Path, key: str, parts: dict[str, bytes]) -> Item:
               "fig_caption": caption.strip(), "in_text_mention": None, "panels": [],
               "licence": get("article_license", "license", "licence") or "unknown",
               "pmid": get("pmid", "article_accession_pmid"), "pmcid": get("article_accession_id", "pmcid")}
-    image = next((parts[suffix] for suffix in ("jpg", "jpeg", "png") if suffix in parts), None)
-    return Found(record, image)
+    return Found(record, _image_of(parts))
 
 
 def read_medicat(folder: Path) -> Iterator[Item]:
