@@ -17,7 +17,7 @@ from llavamed_jax.checkpoints.assemble.image_tokens import TABLES
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.checkpoints.soundness import is_finite, what_is_not_finite
-from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig
+from llavamed_jax.config import IMAGE_TOKEN, PAD_TOKEN, LlavaConfig, projector_depth
 from llavamed_jax.errors import some
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.image_positions import expand_images
@@ -66,9 +66,10 @@ def compare(a: Checkpoint, b: Checkpoint, tolerance: float = 1e-4, tensors_only:
       The rows of the table. Logits and greedy tokens are left out if settings or shapes differ or weights are not
       finite.
     """
-    rows = [_settings(a.config, b.config), *_tensors(a, b, tolerance, progress), _tokenizers(a, b)]
-    if tensors_only or not rows[0].is_equal or any(row.difference in (None, np.inf) and not row.is_equal
-                                                   for row in rows[1:-1]):
+    settings, tensors = _settings(a.config, b.config), _tensors(a, b, tolerance, progress)
+    rows = [settings, *tensors, _tokenizers(a, b)]
+    if tensors_only or not settings.is_equal or any(row.difference in (None, np.inf) and not row.is_equal
+                                                    for row in tensors):
         return rows
     return rows + _outputs(a, b, tolerance, dtype)
 
@@ -88,6 +89,8 @@ def _computed(cfg: LlavaConfig) -> dict:
            | {name: getattr(cfg, name) for name in names})
     out |= {f"decoder.{key}": value for key, value in asdict(cfg.decoder).items()}
     out["feature_layer"] = cfg.num_vision_layers_used  # -2 and 23 of 24 are the same layer
+    # A single layer has no activation.
+    out["projector_act"] = cfg.projector_act if projector_depth(cfg.projector_type) > 1 else None
     # Names and limits do not change the arithmetic.
     for key in ("architecture", "max_position_embeddings", "bos_token_id", "pad_token_id"):
         out.pop(f"decoder.{key}")

@@ -94,6 +94,14 @@ def test_what_no_tensor_shows(original, other, capsys):
     assert last == "not equal: settings" and not any(what.startswith("logits") for what in found)
 
 
+@pytest.mark.parametrize("kind, is_equal", [("mlp2x_gelu", False), ("linear", True)])
+def test_the_projectors_activation_counts_where_there_is_one(kind, is_equal):
+    ours = random_checkpoint(TINY.replace(projector_type=kind), seed=5)
+    theirs = ours.replace(config=ours.config.replace(projector_act="relu"))
+    row = compare.compare(ours, theirs, tensors_only=True)[0]
+    assert row.is_equal is is_equal and ("projector_act is 'gelu' and 'relu'" in row.found) is not is_equal
+
+
 def test_shapes_and_names_that_do_not_fit(original, tmp_path, capsys):
     shapes = TINY.replace(decoder=DecoderConfig(**{**vars(TINY.decoder), "intermediate_size": 100}), projector_type="mlp3x_gelu")
     export(random_checkpoint(shapes), tmp_path / "other", "llava")
