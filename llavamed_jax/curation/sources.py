@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import re
@@ -23,7 +22,8 @@ from llavamed_jax.curation.jats import Article, Figure, read_articles
 from llavamed_jax.curation.jats_licence import strictest
 from llavamed_jax.curation.xml_bounds import MOST_XML
 from llavamed_jax.errors import UserError
-from llavamed_jax.utils.files import open_file
+from llavamed_jax.utils import tables
+from llavamed_jax.utils.files import open_file, read_bytes
 
 UNREADABLE = "file that cannot be read"
 
@@ -257,42 +257,47 @@ def read_rocov2(folder: Path) -> Iterator[Item]:
     """Yields the figures of ROCOv2."""
     licences: dict[str, str] = {}
     for file in sorted(folder.glob("license_information*.csv")):
-        for number, row in enumerate(_table(file), start=2):
-            if isinstance(row, str):
-                yield Refused(f"{file} row {number}", row)
+        for row in _table(file):
+            if isinstance(row, Refused):
+                yield row
             else:
-                licences[row[0]] = row[-1]
+                licences[row.cells[0]] = row.cells[-1]
     for file in sorted(folder.glob("*_captions.csv")):
-        split = file.name.removesuffix("_captions.csv")
-        for number, row in enumerate(_table(file), start=2):
-            if isinstance(row, str) or len(row) < 2 or not names.is_safe(row[0]):
-                yield Refused(f"{file} row {number}", row if isinstance(row, str) else "damaged row")
+        images, is_first = folder / f"{file.name.removesuffix('_captions.csv')}_images", True
+        for row in _table(file):
+            if isinstance(row, Refused):
+                yield row
                 continue
-            places = [folder / f"{split}_images" / f"{row[0]}{suffix}" for suffix in (".jpg", ".png", ".jpeg")]
+            name, caption = row.cells[:2]
+            is_safe = names.is_safe(name)
+            places = [images / f"{name}{suffix}" for suffix in (".jpg", ".png", ".jpeg")] if is_safe else []
             image = next((each for each in places if each.is_file()), None)
-            record = {"pair_id": row[0], "fig_id": row[0], "fig_label": "", "fig_caption": row[1].strip(),
-                      "in_text_mention": None, "panels": [], "licence": licences.get(row[0], "unknown")}
+            is_header = is_first and image is None and not re.search(r"\d", name)  # every id has a number
+            is_first = False
+            if is_header:
+                continue
+            if not is_safe or row.is_doubtful and image is None:
+                yield Refused(f"{file} line {row.number}", "row inside an unclosed quote" if is_safe else "damaged row")
+                continue
+            record = {"pair_id": name, "fig_id": name, "fig_label": "", "fig_caption": caption.strip(),
+                      "in_text_mention": None, "panels": [], "licence": licences.get(name, "unknown")}
             yield Found(record, image)
 
 
-def _table(file: Path) -> Iterator[list[str] | str]:
-    """Yields the rows of a CSV file without its header; in place of one that cannot be read, the reason."""
-    csv.field_size_limit(2**24)
+def _table(file: Path) -> Iterator[tables.Line | Refused]:
+    """Yields the rows of a CSV file that have two cells or more; what cannot be used is refused by its line."""
     try:
-        with open(file, encoding="utf-8-sig", errors="replace", newline="") as opened:
-            rows, is_header = csv.reader(opened), True
-            while True:
-                try:
-                    row = next(rows)
-                except StopIteration:
-                    return
-                except csv.Error:
-                    row = "damaged row"
-                if row and not is_header:
-                    yield row
-                is_header = False
-    except OSError:
-        yield UNREADABLE
+        text = read_bytes(file).decode("utf-8-sig", "surrogateescape")
+    except (OSError, UserError):
+        yield Refused(str(file), UNREADABLE)
+        return
+    for row in tables.read(text):
+        if row.cells is None or len(row.cells) < 2:
+            yield Refused(f"{file} line {row.number}", "damaged row")
+        elif re.search(r"[\0\ud800-\udfff]", "".join(row.cells)):
+            yield Refused(f"{file} line {row.number}", "row that is not UTF-8 text")
+        else:
+            yield row
 
 
 SOURCES: dict[str, Callable[[Path], Iterator[Item]]] = {

@@ -83,3 +83,62 @@ def test_a_damaged_shard_is_counted_and_what_stands_before_the_damage_is_kept(tm
     assert bool(dropped) == (reasons != [])
     if place is not None:
         assert dropped[-1][0] == f"0.tar byte {START.get(place, place)}"
+
+
+@pytest.fixture
+def rocov2(tmp_path):
+    """Returns a function that runs the command on six images, with captions and licences as given."""
+    (tmp_path / "r/train_images").mkdir(parents=True)
+    for number in range(6):
+        (tmp_path / f"r/train_images/R{number}.jpg").write_bytes(picture(number))
+
+    def made(captions: str | bytes, licences: str | bytes = "ID,License\nR0,CC BY\n", *flags: str):
+        for name, text in (("train_captions.csv", captions), ("license_information.csv", licences)):
+            (tmp_path / "r" / name).write_bytes(text.encode() if isinstance(text, str) else text)
+        found, dropped = figures(tmp_path / "r", *flags)
+        return ({name.removeprefix("R"): (row["fig_caption"], row["licence"]) for name, row in found.items()},
+                [(name.replace("train_captions.csv line ", "line "), reason) for name, reason in dropped])
+
+    return made
+
+
+ROWS = [f"R{number},caption {number}\n" for number in range(6)]
+DAMAGED, INSIDE, BYTES = "damaged row", "row inside an unclosed quote", "row that is not UTF-8 text"
+
+
+@pytest.mark.parametrize(("captions", "kept", "dropped"), [
+    (["ID,Caption\n", *ROWS], "012345", []), (ROWS, "012345", []), (["\ufeffID,Caption\r\n", "\r\n", *ROWS], "012345", []),
+    (["\ufeff", *ROWS], "012345", []), (["R9,no image\n", *ROWS], "012345", [("R9", "no image file")]),
+    (["ID,Caption\n", ROWS[0], 'R1,"open\n', *ROWS[2:]], "02345", [("line 3", DAMAGED)]),
+    (["ID,Caption\n", ROWS[0], 'R1,"open\n', ROWS[2], 'R3,"caption 3"\n', *ROWS[4:]], "02345", [("line 3", DAMAGED)]),
+    (["ID,Caption\n", 'R0,"caption 0"\n', 'R1,"a "stray" one"\n', *ROWS[2:]], "02345", [("line 3", DAMAGED)]),
+    (["ID,Caption\n", ROWS[0], 'R1,"two lines,\nof which one, the second, has a "stray" quote"\n', *ROWS[2:]], "02345",
+     [("line 3", DAMAGED), ("line 4", INSIDE)]),
+    (["ID,Caption\n", ROWS[0], 'R1,"open\n', 'R2,"open\n', *ROWS[3:]], "0345", [("line 3", DAMAGED), ("line 4", DAMAGED)]),
+    (['ID,"Caption\n', *ROWS], "012345", [("line 1", DAMAGED)]),
+])
+def test_a_damaged_row_of_captions_costs_no_other(rocov2, captions, kept, dropped):
+    found, refused = rocov2("".join(captions))
+    assert {name: caption for name, (caption, _) in found.items()} == {name: f"caption {name}" for name in kept}
+    assert refused == dropped
+
+
+def test_rows_that_an_unclosed_quote_may_hold_are_refused_where_no_image_proves_them(rocov2, tmp_path):
+    for number in range(6):
+        (tmp_path / f"r/train_images/R{number}.jpg").unlink()
+    found, refused = rocov2("".join([*ROWS[:2], 'R2,"open\n', *ROWS[3:]]), "", "--without_images")
+    assert set(found) == {"0", "1"} and refused == [("line 3", DAMAGED), *((f"line {line}", INSIDE) for line in (4, 5, 6))]
+
+
+def test_a_damaged_row_of_licences_costs_no_other(rocov2):
+    found, refused = rocov2("".join(ROWS), 'ID,License\nR0,CC BY\nR1,"CC BY\nR2,CC0\nR3\nR4,CC BY\nR5,\u00b5'.encode("latin-1"))
+    assert [licence for _, licence in found.values()] == ["CC BY", "unknown", "CC0", "unknown", "CC BY", "unknown"]
+    assert refused == [(f"license_information.csv line {line}", reason) for line, reason in ((3, DAMAGED), (5, DAMAGED), (7, BYTES))]
+
+
+@pytest.mark.parametrize(("captions", "kept", "lines"), [
+    ("R0,R\u00f6ntgen\nR1,CT\n".encode("latin-1"), "1", [1]), ("ID,Caption\nR0,R\u00f6ntgen\nR1,CT\n".encode("utf-16"), "", [1, 2, 3]),
+])
+def test_captions_that_are_not_utf8_are_refused(rocov2, captions, kept, lines):
+    found, refused = rocov2(captions)
+    assert set(found) == set(kept) and [each for each in refused if each[1] == BYTES] == [(f"line {line}", BYTES) for line in lines]
