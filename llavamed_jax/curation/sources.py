@@ -131,7 +131,7 @@ def _licences(folder: Path) -> dict[str, str]:
     for place in (folder, folder.parent):
         file = place / "manifest.jsonl"
         if file.is_file():
-            with contextlib.suppress(OSError), open(file, encoding="utf-8", errors="replace") as lines:
+            with contextlib.suppress(OSError), open(file, "rb") as lines:
                 for line in lines:
                     try:
                         row = json.loads(line)
@@ -200,7 +200,10 @@ def _sample(shard: Path, key: str, parts: dict[str, bytes]) -> Item:
     article = about.get("article_metadata") if isinstance(about.get("article_metadata"), dict) else about
     get = lambda *names: next((str(found) for name in names for found in (article.get(name, about.get(name)),)
                                if isinstance(found, (str, int)) and str(found)), "")
-    caption = parts["txt"].decode("utf-8", "replace") if "txt" in parts else get("caption")
+    try:
+        caption = parts["txt"].decode("utf-8") if "txt" in parts else get("caption")
+    except UnicodeDecodeError:
+        return Refused(f"{shard} {key}", "caption that is not UTF-8 text")
     record = {"pair_id": key.rpartition("/")[2], "fig_id": get("image_id", "image_file_name"), "fig_label": "",
               "fig_caption": caption.strip(), "in_text_mention": None, "panels": [],
               "licence": get("article_license", "license", "licence") or "unknown",
@@ -216,13 +219,16 @@ def read_medicat(folder: Path) -> Iterator[Item]:
         try:
             with open_file(file) as lines:
                 for number, line in enumerate(lines, start=1):
-                    yield _medicat_row(line.decode("utf-8", "replace"), f"{file} line {number}", images)
+                    yield _medicat_row(line, f"{file} line {number}", images)
         except (OSError, UserError):
             yield Refused(str(file), UNREADABLE)
 
 
-def _medicat_row(line: str, name: str, images: Path) -> Item:
-    row = _object(line)
+def _medicat_row(line: bytes, name: str, images: Path) -> Item:
+    try:
+        row = _object(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return Refused(name, "line that is not UTF-8 text")
     if row is None or not isinstance(row.get("pdf_hash"), str) or not isinstance(row.get("fig_uri"), str):
         return Refused(name, "damaged line")
     info = row.get("oa_info") if isinstance(row.get("oa_info"), dict) else {}

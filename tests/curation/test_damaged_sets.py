@@ -25,12 +25,12 @@ def figures(source: Path, *flags: str) -> tuple[dict[str, dict], list[tuple[str,
             [(each["figure"].removeprefix(f"{source}/"), each["reason"]) for each in rows("dropped.jsonl")])
 
 
-def tar(names: str, pax: dict | None = None) -> bytes:
+def tar(names: str, pax: dict | None = None, caption: bytes = b"Caption %s.") -> bytes:
     """Returns a shard with a sample of three files for each letter."""
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name in names:
-            for suffix, data in (("jpg", picture(ord(name))), ("json", b'{"license": "CC BY"}'), ("txt", f"Caption {name}.".encode())):
+            for suffix, data in (("jpg", picture(ord(name))), ("json", b'{"license": "CC BY"}'), ("txt", caption.replace(b"%s", name.encode()))):
                 info = tarfile.TarInfo(f"{name}.{suffix}")
                 info.size, info.pax_headers = len(data), pax or {}
                 archive.addfile(info, io.BytesIO(data))
@@ -142,3 +142,18 @@ def test_a_damaged_row_of_licences_costs_no_other(rocov2):
 def test_captions_that_are_not_utf8_are_refused(rocov2, captions, kept, lines):
     found, refused = rocov2(captions)
     assert set(found) == set(kept) and [each for each in refused if each[1] == BYTES] == [(f"line {line}", BYTES) for line in lines]
+
+
+def test_a_caption_of_a_shard_or_of_medicat_that_is_not_utf8_is_refused(tmp_path):
+    for name in "bm":
+        (tmp_path / name).mkdir()
+    (tmp_path / "b/0.tar").write_bytes(tar("a", caption="R\u00f6ntgen".encode("latin-1")))
+    (tmp_path / "b/1.tar").write_bytes(tar("b", caption="R\u00f6ntgen".encode()))
+    found, dropped = figures(tmp_path / "b")
+    assert {name: row["fig_caption"] for name, row in found.items()} == {"b": "R\u00f6ntgen"} and dropped == [("0.tar a", "caption that is not UTF-8 text")]
+    row = lambda name: json.dumps({"pdf_hash": "x", "fig_uri": f"{name}.png", "s2_caption": "R\u00f6ntgen"}, ensure_ascii=False) + "\n"
+    for name in "12":
+        (tmp_path / f"m/x_{name}.png").write_bytes(picture(1, "PNG"))
+    (tmp_path / "m/a.jsonl").write_bytes(row("1").encode("latin-1") + row("2").encode())
+    found, dropped = figures(tmp_path / "m")
+    assert {name: row["fig_caption"] for name, row in found.items()} == {"x_2": "R\u00f6ntgen"} and dropped == [("a.jsonl line 1", "line that is not UTF-8 text")]
