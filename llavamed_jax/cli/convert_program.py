@@ -359,7 +359,7 @@ def _verify(args: argparse.Namespace) -> int:
     checkpoints = [_open(path, args) for path in (args.a, args.b)]
     rows = compare(*checkpoints, args.tolerance, args.tensors_only, _DTYPES[args.dtype], progress.over)
     print(f"\n{table(rows)}\n")
-    differing = [row.what for row in rows if not row.is_equal]
+    differing = [row.what for row in rows if row.counts and not row.is_equal]
     print(f"not equal: {'; '.join(differing)}" if differing
           else f"equal within {args.tolerance:g} of the largest magnitude")
     return 1 if differing else 0

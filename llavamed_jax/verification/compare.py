@@ -1,4 +1,4 @@
-"""Compares two checkpoints: settings, tensors, tokenizer, logits and greedy tokens.
+"""Compares two checkpoints: settings, tensors, tokenizer, template, logits and greedy tokens.
 
 Tensors are read one by one from both checkpoints; for logits, one model is in memory at a time. Axis letters: T
 positions, V vocabulary.
@@ -24,6 +24,8 @@ from llavamed_jax.text.image_positions import expand_images
 from llavamed_jax.text.tokenizer import TOKENIZERS
 
 NEW_TOKENS = 16
+# Settings of how images and prompts are prepared; logits are computed from prepared ones.
+_OF_PROMPTS = ("image_aspect_ratio", "use_start_end")
 TEXTS = ("What is shown in this image?", "Is there a pleural effusion?\nAnswer: no, 3.5 cm.",
          "naïve – “quoted”, 心臓, x²\n\n  two blanks")
 
@@ -37,10 +39,11 @@ class Row:
     Attributes:
       what: the compared quantity.
       found: the result in words.
-      is_equal: whether the quantity counts as equal.
+      is_equal: whether the quantity is equal.
       difference: largest absolute difference, divided by the largest magnitude of the quantity; None for quantities
         that can only be equal or not.
       divergence: for logits, the largest KL divergence of a position, in nats.
+      counts: whether models that differ in it are not the same.
     """
 
     what: str
@@ -48,6 +51,7 @@ class Row:
     is_equal: bool
     difference: float | None = None
     divergence: float | None = None
+    counts: bool = True
 
 
 def compare(a: Checkpoint, b: Checkpoint, tolerance: float = 1e-4, tensors_only: bool = False, dtype=np.float32,
@@ -63,28 +67,33 @@ def compare(a: Checkpoint, b: Checkpoint, tolerance: float = 1e-4, tensors_only:
       progress: wraps the names of the tensors to show progress.
 
     Returns:
-      The rows of the table. Logits and greedy tokens are left out if settings or shapes differ or weights are not
-      finite.
+      The rows of the table. Logits and greedy tokens are left out if settings that they depend on or shapes differ,
+      or weights are not finite.
     """
-    settings, tensors = _settings(a.config, b.config), _tensors(a, b, tolerance, progress)
-    rows = [settings, *tensors, _tokenizers(a, b)]
-    if tensors_only or not settings.is_equal or any(row.difference in (None, np.inf) and not row.is_equal
-                                                    for row in tensors):
+    differing = _differing(a.config, b.config)
+    tensors = _tensors(a, b, tolerance, progress)
+    rows = [_settings(a.config, differing), *tensors, *_texts(a, b)]
+    if (tensors_only or not differing.keys() <= set(_OF_PROMPTS)
+            or any(row.difference in (None, np.inf) and not row.is_equal for row in tensors)):
         return rows
     return rows + _outputs(a, b, tolerance, dtype)
 
 
-def _settings(a: LlavaConfig, b: LlavaConfig) -> Row:
-    ours, theirs = _computed(a), _computed(b)
+def _differing(a: LlavaConfig, b: LlavaConfig) -> dict[str, str]:
+    """Returns the settings that differ, name -> both values in words."""
+    ours, theirs = _compared(a), _compared(b)
     if _has_added_rows(a, b) or _has_added_rows(b, a):
         ours.pop("decoder.vocab_size"), theirs.pop("decoder.vocab_size")
-    differing = [f"{key} is {ours[key]!r} and {theirs[key]!r}" for key in ours if ours[key] != theirs[key]]
-    return Row("settings", "; ".join(differing) or f"{len(ours)} equal", not differing)
+    return {key: f"{key} is {ours[key]!r} and {theirs[key]!r}" for key in ours if ours[key] != theirs[key]}
 
 
-def _computed(cfg: LlavaConfig) -> dict:
-    """Returns the settings that logits and greedy tokens depend on."""
-    names = ("projector_type", "projector_bias", "feature_layer", "feature_select")
+def _settings(config: LlavaConfig, differing: dict[str, str]) -> Row:
+    return Row("settings", "; ".join(differing.values()) or f"{len(_compared(config))} equal", not differing)
+
+
+def _compared(cfg: LlavaConfig) -> dict:
+    """Returns the settings that answers depend on."""
+    names = ("projector_type", "projector_bias", "feature_layer", "feature_select", *_OF_PROMPTS)
     out = ({f"vision.{key}": value for key, value in asdict(cfg.vision).items()}
            | {name: getattr(cfg, name) for name in names})
     out |= {f"decoder.{key}": value for key, value in asdict(cfg.decoder).items()}
@@ -182,15 +191,28 @@ def compare_arrays(a: np.ndarray, b: np.ndarray) -> tuple[bool, float]:
         return False, float(np.abs(a - b).max() / scale) if scale else 0.0
 
 
-def _tokenizers(a: Checkpoint, b: Checkpoint) -> Row:
-    """Compares the ids of a few texts. If a checkpoint has no tokenizer, the row says so and counts as equal."""
+def _texts(a: Checkpoint, b: Checkpoint) -> list[Row]:
+    """Compares tokenizers, and templates if they differ."""
     sources = [next((c.files[name] for name in TOKENIZERS if name in c.files), None) for c in (a, b)]
+    processors = [Processor.from_checkpoint(checkpoint, tokenizer=source)
+                  for checkpoint, source in zip((a, b), sources)]
+    return [_tokenizers(a, b, sources, processors), *_templates(*processors)]
+
+
+def _templates(a: Processor, b: Processor) -> list[Row]:
+    """Returns a row that does not count if the templates differ; no row for equal ones."""
+    ours, theirs = ((p.template_name, p.chat_template and p.chat_template.source) for p in (a, b))
+    if ours == theirs:
+        return []
+    return [Row("template", f"{a.template_words} and {b.template_words}; not counted", False, counts=False)]
+
+
+def _tokenizers(a: Checkpoint, b: Checkpoint, sources: Sequence, processors: Sequence[Processor]) -> Row:
+    """Compares the ids of a few texts. If a checkpoint has no tokenizer, the row says so and counts as equal."""
     absent = [word for word, source in zip(("first", "second"), sources) if source is None]
     if absent:
         found = "neither has a tokenizer" if len(absent) == 2 else f"the {absent[0]} has no tokenizer"
         return Row("tokenizer", found, True)
-    processors = [Processor.from_checkpoint(checkpoint, tokenizer=source)
-                  for checkpoint, source in zip((a, b), sources)]
     texts, name = list(TEXTS), a.config.template
     if name is not None and name == b.config.template:  # other pairs may have two names for one template
         texts += [processors[0].prompt([{"role": "user", "content": text}]) for text in TEXTS[:2]]
@@ -271,8 +293,8 @@ def table(rows: Sequence[Row]) -> str:
     """Formats the comparison as a plain text table."""
     number = lambda value: "" if value is None else f"{value:.2g}"
     lines = [("", "difference", "KL", "", "found")]
-    lines += [(row.what, number(row.difference), number(row.divergence), "equal" if row.is_equal else "DIFFERS",
-               row.found) for row in rows]
+    lines += [(row.what, number(row.difference), number(row.divergence),
+               "equal" if row.is_equal else "DIFFERS" if row.counts else "differs", row.found) for row in rows]
     columns = [column for column in zip(*lines) if any(column[1:])]  # without logits, some columns are empty
     padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
     return "\n".join("  ".join(line).rstrip() for line in zip(*padded))

@@ -102,6 +102,21 @@ def test_the_projectors_activation_counts_where_there_is_one(kind, is_equal):
     assert row.is_equal is is_equal and ("projector_act is 'gelu' and 'relu'" in row.found) is not is_equal
 
 
+@pytest.mark.parametrize("change, what, counts", [
+    (dict(image_aspect_ratio="square"), "image_aspect_ratio is 'pad' and 'square'", True),
+    (dict(use_start_end=True), "use_start_end is False and True", True),
+    (dict(template="v1.0:simple"), "v1.5:mistral_instruct and v1.0:simple; not counted", False)])
+def test_how_prompts_are_prepared(original, change, what, counts, monkeypatch):
+    """It is said, a template is not counted, and logits of prepared prompts are compared all the same."""
+    monkeypatch.setattr(compare, "_outputs", lambda *_: [compare.Row("logits", "", True)])
+    ours = open_checkpoint(original)
+    rows = compare.compare(ours, ours.replace(config=ours.config.replace(**change)))
+    differing = [row for row in rows if not row.is_equal]
+    assert [(row.found, row.counts) for row in differing] == [(what, counts)] and rows[-1].what == "logits"
+    assert ("DIFFERS" if counts else " differs ") in compare.table(rows) and (counts or "DIFFERS" not in compare.table(rows))
+    assert all(row.is_equal for row in compare.compare(ours, ours, tensors_only=True))
+
+
 def test_shapes_and_names_that_do_not_fit(original, tmp_path, capsys):
     shapes = TINY.replace(decoder=DecoderConfig(**{**vars(TINY.decoder), "intermediate_size": 100}), projector_type="mlp3x_gelu")
     export(random_checkpoint(shapes), tmp_path / "other", "llava")
@@ -115,7 +130,7 @@ def test_rows_that_transformers_added_are_not_compared(original, tmp_path, capsy
     """As in a conversion by transformers' script, which this project did not write: the config does not say what was added."""
     export(open_checkpoint(original), tmp_path / "hf", "transformers")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    config.pop("llavamed_jax")
+    config["llavamed_jax"] = {"image_aspect_ratio": "pad"}
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     assert open_checkpoint(tmp_path / "hf").config.decoder.vocab_size == 128
     assert verify(original, tmp_path / "hf", "--tensors_only") == 0
