@@ -122,9 +122,10 @@ def _from_xml(root: Path, folder: Path) -> Iterator[Study]:
     """Yields the studies of Open-i's files, in the order of their numbers."""
     number = lambda file: (int(file.stem) if file.stem.isdecimal() else 0, file.stem)
     for file in sorted((root / _XML).glob("*.xml"), key=number):
+        data = read_bytes(file, f"the data file {file}")
         try:
-            tree = ElementTree.fromstring(read_bytes(file, f"the data file {file}"))
-        except ElementTree.ParseError as error:
+            tree = ElementTree.fromstring(data)
+        except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: of a declared encoding
             raise UserError(f"{file} is not XML: {error}") from None
         study = tree.find(".//uId")
         identity = (study.get("id") if study is not None else None) or f"CXR{file.stem}"

@@ -83,9 +83,10 @@ def test_open_is_files(tmp_path, caplog):
     said = [record.getMessage() for record in caplog.records]
     assert sum("studies are left out" in line for line in said) == len({split_of("CXR41"), split_of("CXR42")})
     assert detect.layout_of(tmp_path) == "iu_xray"
-    put(tmp_path / "ecgen-radiology" / "43.xml", "<eCitation>")
-    with pytest.raises(UserError, match="43.xml is not XML"):
-        read(tmp_path)
+    for damaged in ("<eCitation>", *(f'<?xml version="1.0" encoding="{name}"?><eCitation/>' for name in ("gb2312", "foo", "idna"))):
+        put(tmp_path / "ecgen-radiology" / "43.xml", damaged)
+        with pytest.raises(UserError, match="43.xml is not XML"):
+            read(tmp_path)
 
 
 REPORTS = "uid,MeSH,Problems,image,indication,comparison,findings,impression\n"
