@@ -15,6 +15,7 @@ from llavamed_jax.datasets import detect
 from llavamed_jax.datasets.registry import OFFICIAL, SETS
 from llavamed_jax.datasets.sample import CLOSED, OPEN, Labels, VqaSample, check_images
 from llavamed_jax.errors import UserError, short
+from llavamed_jax.utils import tables
 from llavamed_jax.utils.files import parse_json, parse_jsonl, read_bytes
 
 # Values of `answer_type`, in capitals -> the kind. The last three of the second stand in files of PathVQA.
@@ -58,10 +59,16 @@ def read_table(file: Path, columns: Sequence[str], layout: str, may_be_longer: b
       UserError: the file is missing, is not UTF-8 or not CSV, or the cells of a row do not fit the columns.
     """
     text = _text(file, "a CSV file was")
+    tables.allow_long_cells()
+    table, lines, begin = csv.DictReader(io.StringIO(text, newline=""), strict=True), [], 1
     try:
-        lines = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        if table.fieldnames:  # reads the header
+            begin = table.line_num + 1
+        for line in table:
+            lines.append(line)
+            begin = table.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{file} is not CSV: {error}") from None
+        raise UserError(f"line {begin} of {file} is not CSV: {error}") from None
     for number, line in enumerate(lines):
         missing = [column for column in columns if line.get(column) is None]
         if missing or not may_be_longer and None in line:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from llavamed_jax.cli.common import load_config
-from llavamed_jax.datasets import detect
+from llavamed_jax.datasets import detect, rows
 from llavamed_jax.datasets.counts import describe
 from llavamed_jax.datasets.find import asked_split, find_sets
 from llavamed_jax.datasets.registry import SETS, Selection
@@ -155,12 +155,25 @@ def test_a_row_of_pmc_vqa_without_an_answer_is_left_out(answer, tmp_path, caplog
 
 @pytest.mark.parametrize("data, sentence", [
     (b"\xff\xfe", "not UTF-8"), ("Figure_path,Question\na,b\n", "row 0 of .* has no 'Choice A'"),
-    (",".join(SECOND) + "\n" + ",".join("abcdefghijkl"), "more cells than the header"), ('a,"b\n', "is not CSV|has no"), (None, "does not exist")])
+    (",".join(SECOND) + "\n" + ",".join("abcdefghijkl"), "more cells than the header"), ('a,"b\n', "line 1 of .*test_2.csv is not CSV"),
+    (",".join(SECOND) + '\n0,"b\n', "line 2 of .*test_2.csv is not CSV"), (",".join(SECOND) + "\n" + ",".join(SECOND) + '\n0,"b\n' + "c\n" * 9, "line 3 of .*test_2.csv is not CSV: unexpected end"),
+    (",".join(SECOND) + "\n" + ",".join(SECOND) + "\n" + "x" * (2**24 + 1), "line 3 of .*test_2.csv is not CSV: field larger"), (None, "does not exist")])
 def test_bad_csv_files(tmp_path, data, sentence):
     if data is not None:
         put(tmp_path / "test_2.csv", data)
     with pytest.raises(UserError, match=sentence):
         read("pmc_vqa", tmp_path)
+
+
+def test_a_cell_of_csv_may_be_longer_than_the_limit_of_the_library(tmp_path):
+    long = "x" * 131_073
+    table(tmp_path / "test_2.csv", SECOND, ("0", "a.jpg", long, "Q", *CELLS, "B", "test"))
+    before = csv.field_size_limit(131_072)
+    try:
+        (row,) = rows.read_table(tmp_path / "test_2.csv", SECOND, "pmc_vqa")
+    finally:
+        csv.field_size_limit(before)
+    assert row.value[SECOND[2]] == long
 
 
 OMNI = {"dataset": "ACRIMA", "question_id": "ACRIMA_0", "question_type": "Modality Recognition", "question": "Which?",
