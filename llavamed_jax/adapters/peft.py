@@ -22,6 +22,7 @@ from llavamed_jax.adapters import peft_config, tables, tied
 from llavamed_jax.adapters.peft_config import PeftConfig
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
+from llavamed_jax.checkpoints.soundness import is_finite, what_is_not_finite
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.files import ADAPTER_CONFIG, ADAPTER_OTHERS, ADAPTER_WEIGHTS, read_file
 from llavamed_jax.checkpoints.torch.layout import from_torch
@@ -57,7 +58,8 @@ def apply(checkpoint: Checkpoint, directory: Path) -> Checkpoint:
     """Returns a base with the adapter of a directory: its factors beside the kernels, not merged.
 
     Raises:
-      UserError: the adapter cannot be read, is not plain LoRA, or belongs to another model; the base has an adapter.
+      UserError: the adapter cannot be read, is not plain LoRA, or belongs to another model; the base has an adapter;
+        when one of the adapter's tensors is loaded, it has NaN or infinite values.
     """
     if checkpoint.config.adapter is not None:
         raise UserError(f"{checkpoint.directory} has an adapter already, so {directory} cannot be added; a model "
@@ -84,7 +86,7 @@ def read(directory: Path, checkpoint: Checkpoint) -> Adapter:
                if name.endswith(KERNEL) and len(specs[name].shape) == 2}
     factors: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
-    for key, tensor in read_file(file).items():
+    for key, tensor in _read(file).items():
         name = key.removeprefix(START)
         if ".lora_embedding_" in name:
             raise UserError(f"{file} holds {key[:120]!r}, factors of an embedding, which are not supported; factors of "
@@ -103,7 +105,7 @@ def read(directory: Path, checkpoint: Checkpoint) -> Adapter:
     tensors = _whole(file, specs, canonical, whole, check_rows)
     if (directory / ADAPTER_OTHERS).is_file():
         others = directory / ADAPTER_OTHERS
-        whole = tied.without_head(others, _stripped(read_file(others)), canonical, checkpoint, is_pefts=False)
+        whole = tied.without_head(others, _stripped(_read(others)), canonical, checkpoint, is_pefts=False)
         tensors |= _whole(others, specs, canonical, whole, check_rows)
     tensors = {name: tables.fitted(name, tensor, checkpoint.tensors[name]) if name in checkpoint.tensors else tensor
                for name, tensor in tensors.items()}
@@ -121,6 +123,20 @@ def read(directory: Path, checkpoint: Checkpoint) -> Adapter:
         rules[name] = AdapterRule(name, rank, settings.alpha_of(module))
         tensors[name + FACTOR_A], tensors[name + FACTOR_B] = turned(pair["A"]), turned(pair["B"])
     return Adapter(AdapterConfig(_rules(rules, model), settings.use_rslora, settings.dropout), tensors)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """Returns the tensors of an adapter's file, each of which is checked when it is loaded."""
+    return {key: Tensor(tensor.shape, tensor.dtype, functools.partial(_finite, file, key, tensor))
+            for key, tensor in read_file(file).items()}
+
+
+def _finite(file: Path, key: str, tensor: Tensor) -> np.ndarray:
+    """Loads a tensor; UserError for NaN or infinity, which a sum with the base's kernel would show as the base's."""
+    array = tensor.load()
+    if not is_finite(array):
+        raise UserError(f"{file} holds {key[:120]} with {what_is_not_finite(array)}; finite weights were expected")
+    return array
 
 
 def _leave_out_dropped(file: Path, model: LlavaConfig, factors: dict[str, dict[str, Tensor]],

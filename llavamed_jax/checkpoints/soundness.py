@@ -1,7 +1,8 @@
 """Checks that weights are finite and plausible, and counts what a cast loses.
 
 Everything that computes with weights or writes them (`load`, `eval`, a run's start, `import`, `export`, `build`) reads
-them through `Checkpoint.sound`; `inspect` and `verify` read them unchecked, so that damaged weights can be examined.
+them through `Checkpoint.sound`; `inspect` and `verify` read them unchecked, so that damaged weights can be examined. An
+adapter's tensors are checked by `adapters.peft` wherever they are loaded.
 """
 
 from __future__ import annotations

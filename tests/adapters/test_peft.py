@@ -429,10 +429,21 @@ def test_patterns_that_cannot_be_used_are_one_sentence(saved, tmp_path, change, 
         open_model(saved.base, adapter=altered(saved, tmp_path / "adapter", change))
 
 
-def test_factors_that_are_not_finite_are_named(saved, tmp_path):
-    adapter = altered(saved, tmp_path / "adapter", None, lambda t: {**t, f"{Q}.lora_A.weight": np.full((4, 64), np.nan, np.float32)})
-    with pytest.raises(UserError, match=r"decoder/layers_0/self_attn/q_proj/kernel_lora_a"):
-        load_params(open_model(saved.base, adapter=adapter))
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("key, others", [(f"{Q}.lora_A.weight", None), (f"{Q}.lora_B.weight", None),
+    ("base_model.model.model.multi_modal_projector.linear_1.bias", None),
+    ("base_model.model.model.multi_modal_projector.linear_1.bias", "non_lora_trainables.bin")])
+def test_what_is_not_finite_is_the_adapters(saved, tmp_path, key, others, value):
+    """And not the base's, merged and unmerged: the file and the tensor in it are named."""
+    adapter = altered(saved, tmp_path / "adapter", None, lambda t: {**t, key: np.where(np.arange(t[key].size).reshape(t[key].shape) == 3, np.float32(value), t[key])})
+    if others:
+        adapter = renamed(type("", (), {"adapter": adapter}), tmp_path / "llava", of_llava, others)
+        key = "base_model.model.model.mm_projector.0.bias"
+    checkpoint, file = open_model(saved.base, adapter=adapter), adapter / (others or "adapter_model.safetensors")
+    for model in (checkpoint, merged(checkpoint)):
+        with pytest.raises(UserError, match=re.escape(f"{file} holds {key} with 1 {'NaN' if np.isnan(value) else 'infinite'} among ")):
+            for name in model.sound().tensors:
+                model.sound().read(name)
 
 
 def test_an_adapter_over_an_adapter_is_refused(saved, tmp_path):
