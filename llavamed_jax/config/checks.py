@@ -40,10 +40,12 @@ def channels(where: str, key: str, value: Any) -> tuple[float, ...]:
 
 
 def number(value: Any, key: str) -> float:
-    """Returns a number of a config.json as float. Raises UserError for another value."""
+    """Returns a finite number of a config.json as float. Raises UserError for another value."""
     if not is_plain(value, (int, float)):
         raise UserError(f"config.json has {key} {short(value)}; a number was expected")
-    return float(value) if abs(value) < 1e300 else math.inf  # no float holds the integer; infinity is refused later
+    if not abs(value) < 1e300:  # NaN, infinity, and an integer that no float holds
+        raise UserError(f"config.json has {key} {short(value)}; a finite number was expected")
+    return float(value)
 
 
 # By annotation; an integer is accepted as a number, but true and false are not.
