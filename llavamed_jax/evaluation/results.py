@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llavamed_jax.errors import UsageError, UserError
+from llavamed_jax.errors import UsageError, UserError, some
 from llavamed_jax.evaluation.answering.resume import num_answers
 from llavamed_jax.evaluation.judging.judge import Verdict
 from llavamed_jax.evaluation.report import tensorboard
@@ -27,6 +27,7 @@ from llavamed_jax.utils.files import is_at, read_json, utf8
 _OF_RESULTS = ("predictions_control_*.jsonl", "judged.jsonl", "reviews.jsonl", "reviews_control_*.jsonl",
                *(f"{name}.jsonl" for name in PROGRAMS))
 _TEMPORARY = ".results."
+_UNCHANGED = "the earlier results are unchanged"
 _TRIES = 20  # to open a directory that other evaluations remove meanwhile
 
 
@@ -193,8 +194,9 @@ def write_results(workdir: Path, files: Mapping[str, str], metrics: Mapping, run
       check: raises if the workdir is no longer at its path.
 
     Raises:
-      UserError: a file cannot be written; then the earlier results are unchanged, unless the error came while the new
-        files were being renamed. Or a file disappeared after it was written.
+      UserError: a file cannot be written, or its place is taken by a directory; then the earlier results are
+        unchanged, unless the error came while the new files were being renamed, which the error says. Or a file
+        disappeared after it was written.
     """
     files = {**files, "metrics.json": json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"}
     step = tensorboard.step_of(run.get("checkpoint", ""))
@@ -214,7 +216,7 @@ def _stale(workdir: Path, files: Mapping[str, str], metrics: Mapping) -> list[Pa
     if _identity(earlier) == _identity(metrics):
         return []
     paths = (path for pattern in _OF_RESULTS for path in workdir.glob(pattern))
-    return [path for path in sorted(paths) if path.name not in files]
+    return [path for path in sorted(paths) if path.name not in files and not _is_own_directory(path)]
 
 
 def _identity(metrics: Mapping) -> tuple:
@@ -235,6 +237,7 @@ def _write(workdir: Path, files: Mapping[str, str], more: Callable[[Path], None]
       check: raises if the workdir is no longer at its path.
       last: the file that is renamed after all others.
     """
+    renamed: list[str] = []
     check()
     for leftover in workdir.glob(f"{_TEMPORARY}*"):  # left by a killed process
         shutil.rmtree(leftover, ignore_errors=True)
@@ -248,11 +251,14 @@ def _write(workdir: Path, files: Mapping[str, str], more: Callable[[Path], None]
                     os.fsync(opened.fileno())  # some file systems report a full disk only here
             more(folder)
             written = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+            for file in written:
+                _check_place(workdir, file)
             for file in sorted(written, key=lambda file: file.name == last):
                 target = workdir / file
                 target.parent.mkdir(exist_ok=True)
                 earlier = [] if file.parent == Path() else list(target.parent.glob(f"*{target.suffix}"))
                 os.replace(folder / file, target)
+                renamed.append(str(file))
                 for other in set(earlier) - {target}:
                     other.unlink(missing_ok=True)
         check()
@@ -260,5 +266,22 @@ def _write(workdir: Path, files: Mapping[str, str], more: Callable[[Path], None]
             raise UserError(f"{workdir / gone[0]} was removed right after it was written")
     except OSError as error:
         check()
-        raise UserError(f"the results in {workdir} cannot be written: {error.strerror or error}; the earlier "
-                        "results are unchanged") from error
+        kept = f"{some(renamed, 3)} {'is' if len(renamed) == 1 else 'are'} new already" if renamed else _UNCHANGED
+        raise UserError(f"the results in {workdir} cannot be written: {error.strerror or error}; {kept}") from error
+
+
+def _check_place(workdir: Path, file: Path) -> None:
+    """Raises UserError if a result cannot get its name in the workdir, because of what has this name already."""
+    target, parent = workdir / file, (workdir / file).parent
+    wrong = ""
+    if os.path.lexists(parent) and not parent.is_dir():
+        wrong = f"{parent} is not a directory"
+    elif _is_own_directory(target):
+        wrong = f"{target} is a directory and no file"
+    if wrong:
+        raise UserError(f"the results in {workdir} cannot be written: {wrong}; {_UNCHANGED}")
+
+
+def _is_own_directory(path: Path) -> bool:
+    """Returns whether a path is a directory, and not a link to one, which a new file replaces."""
+    return path.is_dir() and not path.is_symlink()

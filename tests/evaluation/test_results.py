@@ -71,6 +71,8 @@ def contents(workdir):
 
 # ---- together or not at all ----
 
+METRICS = {"dataset": "vqa_rad", "split": "test"}
+
 
 @pytest.mark.parametrize("victim", ["predictions.jsonl", "report.html", "metrics.json", "events"])
 def test_a_disk_that_is_full_leaves_the_results_as_they_were(victim, tmp_path, monkeypatch, capsys):
@@ -99,6 +101,33 @@ def test_a_disk_that_is_full_leaves_the_results_as_they_were(victim, tmp_path, m
     assert after.keys() - {name for name in after if "events" in name} == before.keys() - {name for name in before if "events" in name}
     assert all(b"no" in after[name] and after[name] != before[name] for name in ("metrics.json", "report.html",
                                                                                  "predictions.jsonl"))
+
+
+@pytest.mark.parametrize("taken, words", [("metrics.json/", "metrics.json is a directory and no file"), ("tensorboard", "tensorboard is not a directory"),
+                                          ("report.html/", "report.html is a directory and no file")])
+def test_a_name_that_is_taken_changes_nothing(taken, words, tmp_path):
+    (tmp_path / taken).mkdir() if taken.endswith("/") else (tmp_path / taken).write_text("x")
+    (tmp_path / "a.jsonl").write_text("earlier")
+    with pytest.raises(results.UserError) as error:
+        results.write_results(tmp_path, {"a.jsonl": "new", "report.html": "new"}, METRICS, {})
+    assert str(error.value) == f"the results in {tmp_path} cannot be written: {tmp_path}/{words}; the earlier results are unchanged"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["a.jsonl", taken.strip("/")]) and (tmp_path / "a.jsonl").read_text() == "earlier"
+
+
+def test_an_error_among_the_renames_says_what_is_new(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def fail(source, target):
+        if target.name == "metrics.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace(source, target)
+    monkeypatch.setattr(results.os, "replace", fail)
+    (tmp_path / "judged.jsonl").mkdir()  # a directory is no earlier result
+    with pytest.raises(results.UserError, match="Input/output error; a.jsonl, tensorboard/.* are new already$"):
+        results.write_results(tmp_path, {"a.jsonl": "new"}, METRICS, {})
+    monkeypatch.undo()
+    results.write_results(tmp_path, {"a.jsonl": "new"}, METRICS, {})
+    assert (tmp_path / "judged.jsonl").is_dir() and (tmp_path / "metrics.json").is_file()
 
 
 def test_what_a_killed_process_left_is_removed_and_a_runs_events_stay(tmp_path, monkeypatch):
