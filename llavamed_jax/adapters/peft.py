@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llavamed_jax.adapters import peft_config, tables, tied
+from llavamed_jax.adapters import lacking, peft_config, tables, tied
 from llavamed_jax.adapters.peft_config import PeftConfig
 from llavamed_jax.checkpoints import names
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
@@ -113,6 +113,8 @@ def read(directory: Path, checkpoint: Checkpoint) -> Adapter:
     if unknown:
         raise UserError(f"{file} has factors of {some(unknown, 3)}, which this model does not have; an adapter of this "
                         f"model was expected{_named(settings)}")
+    lacking.warn_of_factors(file, settings, modules, factors, tensors, model)
+    lacking.warn_of_saved(file, settings, canonical, tensors)
     rules: dict[str, AdapterRule] = {}
     for module, pair in factors.items():
         name = modules[module]

@@ -45,6 +45,10 @@ class PeftConfig:
       dropout: `lora_dropout`.
       base: `base_model_name_or_path`.
       revision: `revision` of the base on its hub; None for the newest.
+      excluded: `exclude_modules`: names or a regular expression.
+      saved: `modules_to_save`.
+      layers: `layers_to_transform`; empty for all.
+      layers_patterns: `layers_pattern`: what stands before a layer's number; empty for any word.
     """
 
     file: Path
@@ -57,6 +61,10 @@ class PeftConfig:
     dropout: float = 0.0
     base: str | None = None
     revision: str | None = None
+    excluded: tuple[str, ...] | str = ()
+    saved: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    layers_patterns: tuple[str, ...] = ()
 
     def rank_of(self, module: str) -> int:
         """Returns the rank of a module, by its torch name."""
@@ -70,9 +78,22 @@ class PeftConfig:
         """Returns whether `target_modules` names a module, by its torch name."""
         if self.targets is None or self.targets == "all-linear":
             return True
-        if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in self.targets)
+        return _is_named(module, self.targets)
+
+    def is_of_layer(self, module: str) -> bool:
+        """Returns whether `layers_to_transform` lets a module have factors, by its torch name."""
+        if not self.layers or isinstance(self.targets, str | None) or module in self.targets:
+            return True
+        starts = "|".join(map(re.escape, self.layers_patterns)) or r"[^.]*"
+        found = re.match(rf"(?:^|.*?\.)(?:{starts})\.(\d+)\.", module)
+        return found is not None and int(found[1]) in self.layers
+
+    def asks_for(self, module: str) -> bool:
+        """Returns whether PEFT gives factors to a module of these settings, by its torch name."""
+        if self.targets is None or _is_named(module, self.excluded) or any(
+                f".{name}." in f".{module}." for name in self.saved):
+            return False
+        return self.is_target(module) and self.is_of_layer(module)
 
 
 def read(directory: Path) -> PeftConfig:
@@ -92,7 +113,9 @@ def read(directory: Path) -> PeftConfig:
                       {key: _whole(file, f"rank_pattern {short(key)}", value) for key, value in ranks.items()},
                       {key: _number(file, f"alpha_pattern {short(key)}", value) for key, value in alphas.items()},
                       _targets(file, raw), _flag(file, raw, "use_rslora"), _share(file, raw.get("lora_dropout") or 0.0),
-                      _text(file, raw, "base_model_name_or_path"), _text(file, raw, "revision"))
+                      _text(file, raw, "base_model_name_or_path"), _text(file, raw, "revision"),
+                      _excluded(file, raw), _listed(raw, "modules_to_save", str),
+                      _listed(raw, "layers_to_transform", int), _listed(raw, "layers_pattern", str))
 
 
 def _refuse_others(file: Path, raw: Mapping[str, Any]) -> None:
@@ -127,6 +150,31 @@ def _targets(file: Path, raw: Mapping[str, Any]) -> tuple[str, ...] | str | None
     if found is None or isinstance(found, list) and all(isinstance(name, str) for name in found):
         return None if found is None else tuple(found)
     raise UserError(f"{file} has target_modules {short(found)}; names, or a regular expression, were expected")
+
+
+def _excluded(file: Path, raw: Mapping[str, Any]) -> tuple[str, ...] | str:
+    """Returns `exclude_modules`; a pattern that cannot be used excludes all, since it only serves for warnings."""
+    found = raw.get("exclude_modules")
+    if not isinstance(found, str):
+        return _listed(raw, "exclude_modules", str)
+    try:
+        _check_pattern(file, "exclude_modules", found)
+    except UserError:
+        return ".*"
+    return found
+
+
+def _listed(raw: Mapping[str, Any], key: str, kind: type) -> tuple:
+    """Returns the values of a key that serves for warnings alone: of one value, or of a list; others are left out."""
+    found = raw.get(key)
+    return tuple(value for value in (found if isinstance(found, list) else [found]) if is_plain(value, (kind,)))
+
+
+def _is_named(module: str, names: tuple[str, ...] | str) -> bool:
+    """Returns whether a regular expression matches a module's torch name, or a name is its end."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _check_pattern(file: Path, key: str, pattern: str, form: str = "%s") -> None:

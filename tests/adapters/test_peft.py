@@ -12,7 +12,7 @@ peft = pytest.importorskip("peft")
 from safetensors.numpy import load_file, save_file  # noqa: E402
 
 import llavamed_jax as lm  # noqa: E402
-from llavamed_jax.adapters import peft_write  # noqa: E402
+from llavamed_jax.adapters import lacking, peft_write  # noqa: E402
 from llavamed_jax.adapters.lora import merged  # noqa: E402
 from llavamed_jax.adapters.open import open_model  # noqa: E402
 from llavamed_jax.checkpoints.load import load_params  # noqa: E402
@@ -93,8 +93,9 @@ def test_logits_are_pefts(case):
         assert difference(case.theirs(), theirs) > 1e-2, "the adapter does nothing"
 
 
-def test_every_kernel_with_factors_is_pefts(case):
+def test_every_kernel_with_factors_is_pefts(case, monkeypatch):
     name, case = case
+    monkeypatch.setattr(lacking, "warn_once", pytest.fail)
     checkpoint = open_model(case.base, adapter=case.adapter)
     adapted = [n for n, _ in case.model.named_modules() if n.endswith("lora_A.default")]
     assert sum(n.endswith(FACTOR_A) for n in checkpoint.tensors) == len(adapted) > 1
@@ -221,9 +222,10 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("change, others", [(of_transformers_4, None), (of_llava, "non_lora_trainables.bin"), (of_llava, None),
                                             (lambda key: key.replace(".weight", ".default.weight") if "lora_" in key else key, None)],
                          ids=["transformers 4", "llava", "llava in one file", "with the adapter's name"])
-def test_other_namings_are_the_same_adapter(saved, tmp_path, change, others):
+def test_other_namings_are_the_same_adapter(saved, tmp_path, capsys, change, others):
     directory = renamed(saved, tmp_path / "adapter", change, others)
     checkpoint, wanted = (open_model(saved.base, adapter=each) for each in (directory, saved.adapter))
+    assert "warning" not in capsys.readouterr().err
     assert checkpoint.tensors.keys() == wanted.tensors.keys() and checkpoint.changed == wanted.changed
     assert checkpoint.config.adapter == wanted.config.adapter
     for name in wanted.tensors:
@@ -444,6 +446,37 @@ def test_what_is_not_finite_is_the_adapters(saved, tmp_path, key, others, value)
         with pytest.raises(UserError, match=re.escape(f"{file} holds {key} with 1 {'NaN' if np.isnan(value) else 'infinite'} among ")):
             for name in model.sound().tensors:
                 model.sound().read(name)
+
+
+def without(*words):
+    return lambda tensors: {key: t for key, t in tensors.items() if not any(word in key for word in words)}
+
+
+NAMES = ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("config, tensors, sentence", [
+    ({"target_modules": NAMES}, without("v_proj"), "lacks factors of self_attn.v_proj in every layer of the decoder, which target_modules of adapter_config.json names"),
+    ({"target_modules": NAMES}, without("1.self_attn.q_proj"), "lacks factors of self_attn.q_proj in layer 1 of the decoder, which"),
+    ({"target_modules": [*NAMES, "fc1"]}, None, "lacks factors of mlp.fc1 in layers "),
+    ({"target_modules": [*NAMES, "lm_head"]}, None, "lacks factors of lm_head in the decoder, which"),
+    ({}, without("0.self_attn.v_proj"), "lacks factors of self_attn.v_proj in layer 0 of the decoder, which"),
+    ({"target_modules": "all-linear"}, None, "lacks factors of "),
+    ({"target_modules": NAMES, "layers_to_transform": [1]}, without("layers.0.", "v_proj"),
+     "lacks factors of self_attn.v_proj in layer 1 of the decoder, which"),
+    ({"target_modules": NAMES, "layers_to_transform": 3}, None, "has factors of self_attn.q_proj in every layer of the decoder, self_attn.v_proj in every layer of"),
+    ({}, without("multi_modal_projector"), "lacks the tensors of multi_modal_projector, which modules_to_save of adapter_config.json names"),
+    ({"target_modules": NAMES, "layers_to_transform": [1], "layers_pattern": "layers"}, without("layers.0."), None),
+    ({"target_modules": NAMES, "layers_to_transform": 0}, without("layers.1."), None),
+    ({"target_modules": NAMES, "exclude_modules": ["v_proj"]}, without("v_proj"), None),
+    ({"target_modules": NAMES, "exclude_modules": r".*(a+)+"}, without("v_proj"), None),
+    ({"target_modules": [*NAMES, "c_attn"], "modules_to_save": ["multi_modal_projector", "score"]}, None, None),
+    ({"target_modules": None}, without("v_proj"), None)])
+def test_what_the_config_names_and_the_files_lack(saved, tmp_path, capsys, config, tensors, sentence):
+    adapter = altered(saved, tmp_path / "adapter", config, tensors)
+    assert open_model(saved.base, adapter=adapter).config.adapter
+    said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == (sentence is not None) and all(f"{adapter / 'adapter_model.safetensors'} {sentence}" in line for line in said), said
 
 
 def test_an_adapter_over_an_adapter_is_refused(saved, tmp_path):
