@@ -14,6 +14,10 @@ from collections.abc import Mapping, Sequence
 import flax.linen as nn
 import jax
 
+from llavamed_jax.config.adapter import FACTOR_A
+
+_FACTOR = FACTOR_A.removeprefix("/")
+
 
 def kernels_first(module: nn.Module, x, parts: Sequence[str]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the input of a block and its kernels; on a GPU their gradients are computed before that of the input.
@@ -21,14 +25,15 @@ def kernels_first(module: nn.Module, x, parts: Sequence[str]) -> tuple[jax.Array
     Args:
       module: the block, inside its compact method. It has `dtype`.
       x: the input [..., D].
-      parts: names of linear layers in the block. One without a kernel of its own, as in `joined`, or with one of few
-        bits is left out.
+      parts: names of linear layers in the block. One without a kernel of its own, as in `joined`, with one of few bits
+        or with an adapter is left out: an adapter's kernel is frozen, and its gradient is not to be computed.
 
     Returns:
       x, and the kernels [D,F] in `dtype`, by part, for `Linear`.
     """
-    given = {part: (module.get_variable("params", part) or {}).get("kernel") for part in parts}
-    kernels = {part: kernel.astype(module.dtype) for part, kernel in given.items() if isinstance(kernel, jax.Array)}
+    given = {part: module.get_variable("params", part) or {} for part in parts}
+    kernels = {part: leaves["kernel"].astype(module.dtype) for part, leaves in given.items()
+               if isinstance(leaves.get("kernel"), jax.Array) and _FACTOR not in leaves}
     return _kernels_first(x, kernels) if kernels else (x, {})
 
 
