@@ -159,27 +159,27 @@ def _train(size: Size, trainable: list[str]) -> dict:
     return dict(shapes=f"B {B}, T {T}, images a row {I}", dtype=size.dtype, remat="full", seconds=seconds,
                 tokens_per_second=B * T / seconds, mfu=flops / seconds / peak if peak else None,
                 trained_parameters=sum(trained.values()), first_loss=float(losses[0]), last_loss=float(losses[-1]), **measured,
-                **_preflight(lambda mesh: make_train_step(loss, update, schedule, mesh, state.state_shardings(
+                **_preflight(seconds, lambda mesh: make_train_step(loss, update, schedule, mesh, state.state_shardings(
                     cfg, llava.abstract_params(cfg, scan=True), trainable, update, mesh)), abstract, rows))
 
 
-def _preflight(step_on, abstract, batch) -> dict:
-    """What preflight says of a step, compiled for a description of this device, beside which its measured peak stands.
+def _preflight(seconds: float, step_on, abstract, batch) -> dict:
+    """What preflight says of a step, compiled for a description of this device: its peak and its floor.
 
     Args:
-      step_on: a mesh -> the step. abstract, batch: state and rows, its arguments, of which only shapes are looked at.
+      seconds: that the step took. step_on: a mesh -> the step.
+      abstract, batch: state and rows, its arguments, of which only shapes are looked at.
     """
     import jax
 
+    from benchmarks.measure import beside_floor, this_machine
     from llavamed_jax.parallel.mesh import batch_sharding, make_mesh, replicated
     from llavamed_jax.preflight.compile import compiled
-    from llavamed_jax.preflight.topologies import KINDS, Topology
+    from llavamed_jax.training.losses import most_rounds
 
-    kind = jax.devices()[0].device_kind
-    name = next((name for name, what in KINDS.items() if kind == getattr(what, "name", name)), None)
-    if name is None:
-        return dict(preflight_error=f"preflight has no description of {kind!r}")
-    machine = Topology.parse(f"{name}-1")
+    machine = this_machine()
+    if machine is None:
+        return dict(preflight_error=f"preflight has no description of {jax.devices()[0].device_kind!r}")
     try:
         mesh = make_mesh("data=1", machine.devices()[:1])
         like = lambda where: lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
@@ -187,7 +187,9 @@ def _preflight(step_on, abstract, batch) -> dict:
         found = compiled(step_on(mesh).lower(jax.tree.map(like(replicated(mesh)), abstract), rows), machine)
     except Exception as error:  # what was measured is worth more than what could be said of it
         return dict(preflight_error=str(error)[:300])
-    return dict(preflight_peak_bytes=found.peak, preflight_argument_bytes=found.arguments, preflight_temporary_bytes=found.temporaries)
+    B, T = batch["input_ids"].shape
+    return dict(preflight_peak_bytes=found.peak, preflight_argument_bytes=found.arguments, preflight_temporary_bytes=found.temporaries,
+                **beside_floor(seconds, lambda read: [read(found.text, most_rounds(B * T), (T + 1) / 2)]))
 
 
 def train_projector(size: Size) -> dict:
@@ -243,6 +245,22 @@ class _Prompted:
         self._slots, made = self.programs.prefill(self.params, self._slots, self._features, prompts, width=self.cache_length)
         return made.tokens
 
+    def prefill_floors(self, read) -> list:
+        """Floors of the tower and of the prompts; copies between caches are not counted."""
+        images, prompts = self._arguments
+        caches = self.programs.take(self._slots, prompts.source, prompts.start, width=self.cache_length)
+        return [read(self._text("encode", self._features, *images)),
+                read(self._text("fill", caches, self._features, prompts), attended=(prompts.ids.shape[1] + 1) / 2)]
+
+    def decode_floor(self, read, attended: float) -> list:
+        """The floor of one token of all rows."""
+        from llavamed_jax.preflight.floor import one_round
+
+        return [read(self._text("decode", self._slots, 0), attended=attended, of=one_round)]
+
+    def _text(self, program: str, *arguments) -> str:
+        return self.programs.lower(program, self.params, *arguments).compile().as_text()
+
     def decode(self):
         """The tokens after the first, of rows that `prefill` has filled: at the same places at each call."""
         self._slots, made = self.programs.decode(self.params, self._slots.replace(**self._begun), 0)
@@ -252,7 +270,7 @@ class _Prompted:
 def _prefill(size: Size, B: int, T: int) -> dict:
     import jax
 
-    from benchmarks.measure import median_seconds, peak_memory
+    from benchmarks.measure import beside_floor, median_seconds, peak_memory
     from llavamed_jax.training.throughput import peak_flops
 
     prompted = _Prompted(size, B, T, 1)
@@ -261,7 +279,7 @@ def _prefill(size: Size, B: int, T: int) -> dict:
     flops = B * (T * (cfg.decoder.forward_flops_per_token(T) - head) + head + cfg.vision_flops_per_image())
     peak = peak_flops(jax.devices()[0].device_kind)
     return dict(shapes=f"B {B}, T {T}", dtype=size.dtype, seconds=seconds, tokens_per_second=B * T / seconds,
-                mfu=flops / seconds / peak if peak else None, **peak_memory())
+                mfu=flops / seconds / peak if peak else None, **peak_memory(), **beside_floor(seconds, prompted.prefill_floors))
 
 
 def prefill(size: Size) -> list[dict]:
@@ -272,7 +290,7 @@ def prefill(size: Size) -> list[dict]:
 def _decode(size: Size, B: int, S: int) -> dict:
     import jax
 
-    from benchmarks.measure import median_seconds, peak_memory
+    from benchmarks.measure import beside_floor, median_seconds, peak_memory
     from llavamed_jax.models.decoders.cache import cache_bytes
 
     length = S - size.decode_tokens - 2
@@ -285,12 +303,23 @@ def _decode(size: Size, B: int, S: int) -> dict:
     kind = jax.devices()[0].device_kind
     bandwidth = next((b for name, b in BANDWIDTH.items() if kind.startswith(name)), None)
     return dict(shapes=f"B {B}, cache {prompted.cache_length}, {size.decode_tokens} tokens", dtype=size.dtype, seconds_per_step=step,
-                tokens_per_second=B / step, bandwidth_fraction=moved / step / bandwidth if bandwidth else None, **peak_memory())
+                tokens_per_second=B / step, bandwidth_fraction=moved / step / bandwidth if bandwidth else None, **peak_memory(),
+                **beside_floor(step, lambda read: prompted.decode_floor(read, length + size.decode_tokens / 2)))
 
 
 def decode(size: Size) -> list[dict]:
     """Tokens after the first, on the device; bytes are the weights once and the filled cache once a step."""
     return [_decode(size, B, S) for B, S in size.decode]
+
+
+def decode_split(size: Size) -> list[dict]:
+    """The same where XLA may split the sums of a product of few rows (`llavamed_jax/parallel/xla.py` keeps them whole)."""
+    from llavamed_jax.parallel import xla
+
+    flag = "xla_gpu_experimental_force_split_k"
+    if flag in xla.options("gpu", xla.ENGINE):  # else this jaxlib has no such flag, and splits
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}=0".strip()
+    return decode(size)
 
 
 def evaluate(size: Size) -> dict:
@@ -312,7 +341,7 @@ def evaluate(size: Size) -> dict:
 
 # What a case needs at least, in seconds on a large GPU: with less left of the budget it is not begun.
 CASES = {"parity": (parity, 60), "prefill": (prefill, 45), "decode": (decode, 60), "evaluate": (evaluate, 120),
-         "train_projector": (train_projector, 60), "train_full": (train_full, 75)}
+         "train_projector": (train_projector, 60), "train_full": (train_full, 75), "decode_split": (decode_split, 60)}
 
 
 def run_case(name: str, size: Size, commit: str | None) -> None:

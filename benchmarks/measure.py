@@ -19,6 +19,9 @@ import jax.numpy as jnp
 
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.models.llava import abstract_params
+from llavamed_jax.preflight.floor import Floor, floor_of
+from llavamed_jax.preflight.peaks import near, peaks_of
+from llavamed_jax.preflight.topologies import KINDS, Topology
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +67,33 @@ def peak_memory() -> dict:
     if "peak_bytes_in_use" in stats:
         return {"peak_memory_bytes": stats["peak_bytes_in_use"], "peak_memory_of": "device"}
     return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "peak_memory_of": "process"}
+
+
+def this_machine() -> Topology | None:
+    """What preflight calls a machine of one device like this one; None for a kind that it does not know."""
+    kind = jax.devices()[0].device_kind
+    name = next((name for name, what in KINDS.items() if kind == getattr(what, "name", name)), None)
+    return name and Topology.parse(f"{name}-1")
+
+
+def beside_floor(seconds: float, floors: Callable[[Callable], list[Floor | None]]) -> dict:
+    """Floor of what was measured and how many times as long it took; empty on a machine whose peaks are not stated.
+
+    Args:
+      seconds: measured.
+      floors: given a function (text, rounds, attended, of) that reads a program's floor on this machine, those of the programs
+        that ran.
+    """
+    machine = this_machine()
+    peaks = machine and peaks_of(machine)
+    if peaks is None:
+        return {}
+    try:
+        found = floors(lambda text, rounds=1.0, attended=0.0, of=floor_of: of(text, peaks, near(machine), rounds, attended))
+    except Exception as error:  # what was measured is worth more than what could be said of it
+        return dict(floor_error=str(error)[:300])
+    floor = sum(each.seconds for each in found if each is not None)
+    return dict(floor_seconds=floor, times_the_floor=seconds / floor, floor_kernels=round(sum(each.kernels for each in found if each)))
 
 
 def circumstances(commit: str | None = None) -> dict:

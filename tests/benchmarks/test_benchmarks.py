@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from benchmarks import h200
+from benchmarks import h200, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +31,7 @@ def test_every_case_runs_at_small_shapes(tmp_path):
         assert row["device"] == "cpu" and row["commit"] == "abc" and row["versions"]["jax"] and row["shapes"] and row["date"]
     assert found["parity"]["max_difference_float32"] <= 2e-5 * max(1, found["parity"]["logits_std"])
     assert 1e-4 < found["parity"]["max_difference_bfloat16"] < 1
-    for case in ("prefill", "decode", "train_projector", "train_full"):
+    for case in ("prefill", "decode", "train_projector", "train_full", "decode_split"):
         assert found[case]["tokens_per_second"] > 0 and found[case]["peak_memory_bytes"] > 0
     for case in ("train_projector", "train_full"):  # all of AdamW in float32: parameters and two moments are arguments
         said = found[case]
@@ -42,6 +43,27 @@ def test_every_case_runs_at_small_shapes(tmp_path):
     assert evaluated["equal_with_and_without_sharing"] == 6 and 0 < evaluated["seconds_to_first_token"] < 60
     assert found["train_full"]["trained_parameters"] > found["train_projector"]["trained_parameters"] > 0
     assert found["train_full"]["last_loss"] < found["train_full"]["first_loss"]
+
+
+def test_a_case_stands_beside_its_floor(monkeypatch):
+    """Read from a CPU's programs at the peaks of an H200, since what is tested is the reading: no CPU has stated peaks."""
+    peaks, size = h200_peaks(), h200.SMALL
+    assert measure.beside_floor(1.0, lambda read: [read("")]) == {}
+    monkeypatch.setattr(measure, "peaks_of", lambda machine: peaks)
+    prompted = h200._Prompted(size, 2, 40, size.decode_tokens)
+    prompted.prefill()
+    decoded = measure.beside_floor(1.0, lambda read: prompted.decode_floor(read, 40))
+    weights = sum(x.nbytes for x in jax.tree.leaves(prompted.params["decoder"]))
+    table = prompted.params["decoder"]["embed_tokens"]["embedding"].nbytes
+    assert weights - table < decoded["floor_seconds"] * peaks.bytes_per_second < 3 * weights
+    assert decoded["times_the_floor"] == 1 / decoded["floor_seconds"] and decoded["floor_kernels"] > 10
+    prefilled = measure.beside_floor(1.0, prompted.prefill_floors)
+    assert decoded["floor_seconds"] < prefilled["floor_seconds"] < 100 * decoded["floor_seconds"]
+    assert measure.beside_floor(1.0, lambda read: read("no program").seconds)["floor_error"]
+
+
+def h200_peaks():
+    return measure.peaks_of(measure.Topology.parse("h200-1"))
 
 
 def arguments(tmp_path, small=False):
