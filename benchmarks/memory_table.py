@@ -77,14 +77,23 @@ def _for(command: list[str], topology: str) -> list[str]:
 
 
 def table(found: dict[str, list[dict]]) -> str:
-    """Markdown: a line a case, a cell a machine: peak of a device, in GiB, and a way out where it does not fit."""
+    """Markdown: a line a case, a cell a machine: peak of a device, in GiB, and a way out where it does not fit.
+
+    A line says the samples of an update where all its cells have as many; where they differ, each cell says its own.
+    """
     names = [name for name in dict.fromkeys(row["topology"] for rows in found.values() for row in rows)]
     usable = {row["topology"]: row["memory_bytes"] / GIB for rows in found.values() for row in rows}
     lines = ["| | " + " | ".join(f"`{name}` ({usable[name]:.1f})" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
     for case, rows in found.items():
-        cells = {row["topology"]: _cell(row) for row in rows}
-        lines.append(f"| {CASES[case][0]} | " + " | ".join(cells.get(name, "") for name in names) + " |")
+        samples = {round(row["samples_per_step"]) if row.get("samples_per_step") else None for row in rows}
+        of = f", {samples.pop()} samples" if len(samples) == 1 and None not in samples else ""
+        cells = {row["topology"]: _cell(row) + ("" if of else _samples(row)) for row in rows}
+        lines.append(f"| {CASES[case][0]}{of} | " + " | ".join(cells.get(name, "") for name in names) + " |")
     return "\n".join(lines)
+
+
+def _samples(row: dict) -> str:
+    return f", {row['samples_per_step']:.0f} samples" if row.get("samples_per_step") else ""
 
 
 def _cell(row: dict) -> str:
