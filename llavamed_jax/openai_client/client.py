@@ -231,8 +231,7 @@ class Service:
     async def _attempt(self, client: openai.AsyncOpenAI, messages: list[dict], settings: dict) -> Reply:
         """Sends a request; sends it again without a setting that the server refuses."""
         while True:
-            sent = {self._limit_name if name == "max_tokens" else name: value
-                    for name, value in settings.items() if name not in self.not_taken}
+            sent = self._taken(settings)
             self.requests += 1
             try:
                 async with asyncio.timeout(self.timeout):  # for the whole reply; the client's is from piece to piece
@@ -249,9 +248,10 @@ class Service:
                 if (empty := withheld(error)) is not None:
                     return empty
                 name = refused_setting(error, sent)
-                if name is None:
+                if name is not None:
+                    self._leave_out(name)
+                if name is None or self._taken(settings) == sent:  # an equal request would be refused without end
                     raise status_error(error, self.where, not self._replies, self.secrets) from None
-                self._leave_out(name)
             except (TimeoutError, openai.APIConnectionError) as error:
                 reason, is_absent = connection_error(error, self.secrets)
                 if is_absent and not self._replies:
@@ -271,6 +271,11 @@ class Service:
         for _ in range(0 if self._is_open else self.concurrency - 1):
             gate.release()
         self._is_open = True
+
+    def _taken(self, settings: dict) -> dict:
+        """Returns the settings that the server has not refused, under the names that it takes."""
+        return {self._limit_name if name == "max_tokens" else name: value
+                for name, value in settings.items() if name not in self.not_taken}
 
     def _leave_out(self, name: str) -> None:
         """Stops sending a setting, or sends it under its newer name; concurrent requests may have found it already."""

@@ -190,7 +190,7 @@ def refused_setting(error: openai.APIStatusError, sent: Collection[str]) -> str 
     told = _dumped(error.body).lower()
     if "max_tokens" in sent and "max_completion_tokens" in told:  # otherwise the value may only be too high
         return "max_tokens"
-    others = [name for name in sent if name != "max_tokens"]
+    others = [name for name in sent if name not in ("max_tokens", "max_completion_tokens")]  # a limit is always sent
     if error.param:
         return error.param if error.param in others and "support" in told else None
     is_about_names = re.search(r"support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed|extra", told)

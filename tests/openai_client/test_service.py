@@ -19,7 +19,7 @@ from llavamed_jax.openai_client.address import read_address
 from llavamed_jax.openai_client.client import Service, ServiceError
 from llavamed_jax.utils import signals
 from llavamed_jax.utils.retry_after import retry_after
-from tests.support.openai_server import FAULTS, OpenAiServer
+from tests.support.openai_server import FAULTS, OpenAiServer, Raw
 
 SETTINGS = {"max_tokens": 16, "temperature": 0.0}
 
@@ -213,6 +213,23 @@ def test_settings_reach_the_server_under_the_names_that_it_takes(capfd):
         assert all(set(each.body) == {"model", "messages", "max_completion_tokens"} for each in server.log) and len(server.log) == 3
         assert service.not_taken == ["temperature", "seed"]
     assert capfd.readouterr().err.count("does not accept") == 2
+
+
+@pytest.mark.parametrize("param", ["max_completion_tokens", None])
+def test_a_limit_that_is_too_high_under_its_newer_name_ends_the_request(param):
+    """The sentence holds "supports", as that about a setting which is not taken does."""
+    too_large = "max_completion_tokens is too large: 16. This model supports at most 8 completion tokens"
+
+    def answer(body):
+        error = {"message": "Use 'max_completion_tokens' instead.", "param": "max_tokens"}
+        if "max_tokens" not in body:
+            error = {"message": too_large, "param": param} if len(server.log) < 9 else {"message": "asked again and again"}
+        return Raw.response(json.dumps({"error": error}).encode(), "400 Bad Request")
+
+    with OpenAiServer(answer) as server:
+        service = Service(server.url, "tiny")
+        assert [str(error) for error in ask(service, ["a", "b"]).values()] == [f"{service.where} answers 400 Bad Request: {too_large}"] * 2
+    assert len(server.log) == 3 and service.not_taken == []
 
 
 @pytest.mark.parametrize(("status", "body", "name"), [
