@@ -66,12 +66,18 @@ def test_what_cannot_be_read_is_asked_for_once_more_and_then_stays_unscored(tmp_
     assert "for 2 of 3 answers the judge's reply could not be read" in error and "warning: unscored, 1 of 3 answers: 13" in error
 
 
-def test_equal_texts_are_asked_about_once(tmp_path):
-    with OpenAiServer(lambda body: "4 4") as server:
-        judge = make(tmp_path, server)
-        assert str(judge.estimate(["a", "b", "a"])).startswith("2 requests and 0 cached replies")
-        assert [verdict.value for verdict in judge.verdicts(["a", "b", "a"])] == [(4, 4)] * 3
-    assert asked(server) == {"a": 1, "b": 1}
+def test_equal_texts_are_asked_about_and_paid_for_once(tmp_path):
+    with OpenAiServer(lambda body: "4 4" if body["messages"][1]["content"] != "b" else "none") as server:
+        judge = make(tmp_path, server, price_prompt=1e6, price_answer=1e6)
+        texts = ["a", "b", "a", "b", "a"]
+        assert str(judge.estimate(texts)).startswith("2 requests and 0 cached replies")
+        found = judge.verdicts(texts)
+    assert [verdict.value for verdict in found] == [(4, 4)] * 5
+    assert asked(server) == {"a": 1, "b": 1, "bMind the form.\n": 1}
+    cost, resumed = judge.summary(found), make(tmp_path, price_prompt=1e6, price_answer=1e6)
+    assert (cost["prompt_tokens"], cost["completion_tokens"], cost["dollars"]) == (3 * 7, 2 + 1 + 2, 26)
+    assert (judge.service.prompt_tokens, judge.service.completion_tokens) == (21, 5), "as the server counted"
+    assert resumed.summary(resumed.verdicts(texts)) == cost | {"endpoint": resumed.service.url}
 
 
 def test_replies_are_kept_for_a_later_start(tmp_path):

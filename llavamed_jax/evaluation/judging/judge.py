@@ -49,6 +49,7 @@ class Verdict:
       prompt_tokens: tokens of all prompts for this text, as the server counted them.
       completion_tokens: tokens of all replies for this text, as the server counted them.
       first_reply: the first reply as it came; "" if there is none.
+      request: the key of the request, which equal texts share; "" if it is unknown.
     """
 
     value: Any = None
@@ -59,6 +60,7 @@ class Verdict:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     first_reply: str = ""
+    request: str = ""
 
     @property
     def is_asked_again(self) -> bool:
@@ -161,17 +163,22 @@ class Judge:
         Raises:
           UserError: the judge cannot be reached at all. Earlier replies are kept.
         """
-        first = self._replies([self.prompt.messages(text) for text in texts], title)
+        requests = [self.prompt.messages(text) for text in texts]
+        first = self._replies(requests, title)
         unread = [i for i, reply in enumerate(first) if not isinstance(reply, UserError)
                   and self._read(reply.text) is None]
         reminded = [self.prompt.messages(texts[i], is_reminded=True) for i in unread]
         again = dict(zip(unread, self._replies(reminded, f"{title}, asked again"), strict=True)) if unread else {}
-        return [self._verdict(reply, again.get(i)) for i, reply in enumerate(first)]
+        return [self._verdict(reply, again.get(i), self._key(requests[i])) for i, reply in enumerate(first)]
 
     def summary(self, verdicts: Sequence[Verdict]) -> dict:
-        """Describes the judge and its cost for `metrics.json`. An interrupted and resumed run gives the same values."""
-        prompt_tokens = sum(verdict.prompt_tokens for verdict in verdicts)
-        completion_tokens = sum(verdict.completion_tokens for verdict in verdicts)
+        """Describes the judge and its cost for `metrics.json`. An interrupted and resumed run gives the same values.
+
+        Equal texts are sent once, so their tokens count once.
+        """
+        sent = {verdict.request or number: verdict for number, verdict in enumerate(verdicts)}.values()
+        prompt_tokens = sum(verdict.prompt_tokens for verdict in sent)
+        completion_tokens = sum(verdict.completion_tokens for verdict in sent)
         return {
             "model": self.service.name, "endpoint": self.service.url, "temperature": self.cfg.temperature,
             "wording": self.prompt.wording,
@@ -211,17 +218,17 @@ class Judge:
             for number, reply in found:
                 yield requests[number][0], reply
 
-    def _verdict(self, first: Reply | UserError, again: Reply | UserError | None) -> Verdict:
+    def _verdict(self, first: Reply | UserError, again: Reply | UserError | None, request: str) -> Verdict:
         replies = [reply for reply in (first, again) if reply is not None and not isinstance(reply, UserError)]
         error = next((str(reply) for reply in (first, again) if isinstance(reply, UserError)), None)
         if not replies:
-            return Verdict(error=error)
+            return Verdict(error=error, request=request)
         last = replies[-1]
         return Verdict(
             self._read(last.text), last.text.strip(), first.text.strip() if again is not None else None,
             last.finish_reason, error,
             sum(reply.prompt_tokens for reply in replies), sum(reply.completion_tokens for reply in replies),
-            replies[0].text,
+            replies[0].text, request,
         )
 
 
