@@ -147,6 +147,7 @@ class _Run:
         self.folder, self.replies, self.batches = kept, kept and kept.replies, batches
         self.budget = Budget(args.budget, prices, args.max_tokens)
         self.failed: dict[str, UserError] = {}
+        self.ended: UserError | None = None  # why no figure can be asked about any more
         self.why_stopped = self.why_useless = ""
         self._in_vain = 0  # replies without content in a row
 
@@ -200,6 +201,8 @@ class _Run:
 
     def ask(self, service, estimate: Estimate) -> None:
         """Asks about the figures that are left; stores each reply before the next request."""
+        from llavamed_jax.openai_client.replies import ServiceError  # imports openai, which takes a second
+
         total = estimate.requests + estimate.kept
         signals.enter(signals.Phase(lambda: self.kept("stopped"), signals.EXIT_SAVED, grace=_GRACE_S, raises=True))
         advance, close = progress(total, estimate.kept, "figures") if estimate.requests else (lambda _: None, None)
@@ -211,7 +214,10 @@ class _Run:
                 raise UserError(self.kept(str(error))) from None
             self.why_stopped = "stopped"
         except UserError as error:
-            raise type(error)(self.kept(str(error)) if len(self.replies) else str(error)) from error
+            sentence = type(error)(self.kept(str(error)) if len(self.replies) else str(error))
+            if not isinstance(error, ServiceError) or not len(self.replies):
+                raise sentence from error
+            self.ended = sentence  # the replies that are paid for become conversations first
         finally:
             if close is not None:
                 close()
@@ -328,6 +334,8 @@ class _Run:
             cost = f", {dollars:,.4f} US dollars" if dollars is not None else ""
             print(f"{tokens[0]:,} prompt tokens and {tokens[1]:,} reply tokens{cost}, as the server counted them")
         print(f"written: {out / CONVERSATIONS}, {out / DROPPED}, {out / SUMMARY}", flush=True)
+        if self.ended is not None:
+            raise self.ended
         if self.failed:
             names = some([terminal.sentence(name) for name in self.failed])
             first = next(iter(self.failed.values()))

@@ -1,35 +1,41 @@
 """Writes and reads the files of OpenAI's batch service, which `vllm run-batch` takes too.
 
 A request file has one request a line, at most 50,000 and at most 200 MB. Its `custom_id` is the key of the question
-(`InstructPrompt.key`) with a hash of the run's settings, so that a result of another run is not taken for this one's.
-A question that is in a request file is pending until its result has been read: it is neither
-written again nor asked online, so nothing is paid for twice. A failed result makes its question free again. A request
-file that was never sent is undone by removing it.
+(`InstructPrompt.key`) with a hash of the run's settings and of how many requests had the question before, so that a
+result of another run, or of an earlier request, is not taken for this one's. A question that is in a request file is
+pending until its result has been read: it is neither written again nor asked online, so nothing is paid for twice. A
+failed result makes its question free again. A request file that was never sent is undone by removing it.
+
+`failed.jsonl` and `replied.jsonl` name the results that were read, so that a result that is read again counts once.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llavamed_jax.curation.figure_file import Figure
-from llavamed_jax.curation.instruct_cost import tokens_of
+from llavamed_jax.curation.instruct_cost import BYTES_A_TOKEN, answer_tokens, tokens_of
 from llavamed_jax.curation.instruct_folder import Folder
 from llavamed_jax.curation.instruct_ids import BATCH, identity, ids_in, key_of, request_files
 from llavamed_jax.curation.instruct_lines import lines_of
-from llavamed_jax.errors import UserError, cut, warn
+from llavamed_jax.errors import UserError, count_of, cut, short, warn
 from llavamed_jax.utils.files import write_whole
 from llavamed_jax.utils.hashes import sha256
 
 if TYPE_CHECKING:  # it imports openai, which takes a second
-    from llavamed_jax.openai_client.replies import PassingError
+    from llavamed_jax.openai_client.replies import PassingError, Reply
 
 MOST_REQUESTS = 50_000
 MOST_BYTES = 200_000_000
-_FAILED = "failed.jsonl"
+_FAILED, _REPLIED = "failed.jsonl", "replied.jsonl"
+_DAMAGED, _HAS_REPLY = "damaged lines", "of figures that have a reply"
 
 
 class Batches:
@@ -58,13 +64,20 @@ class Batches:
                     warn(f"{file} has a damaged line; its figure counts as not asked")
                 else:
                     self._add(each)
-        self._failures = {line["result"]: str(line["custom_id"]) for line in lines_of(self.folder / _FAILED)
-                          if isinstance(line, dict) and {"result", "custom_id"} <= line.keys()}
+        self._failures = self._noted(_FAILED)  # hash of a result -> custom_id
         self._num_failures = Counter(self._failures.values())
+        self._results: dict[str, set[str]] = {}  # key -> hashes of the results that had a reply
+        for result, name in self._noted(_REPLIED).items():
+            self._results.setdefault(key_of(name), set()).add(result)
 
     def _add(self, name: str) -> None:
         self._written[name] += 1
         self._of_key.setdefault(key_of(name), set()).add(name)
+
+    def _new_id(self, key: str) -> str:
+        """Returns a `custom_id` that no request of a question had, so that a result belongs to one request."""
+        names = (identity(key, self._settings, number) for number in itertools.count())
+        return next(name for name in names if not self._written[name] and not self._num_failures[name])
 
     def files(self) -> list[Path]:
         """Returns the request files in order."""
@@ -110,7 +123,7 @@ class Batches:
             made.append((file, len(lines)))
 
         for key, figure in figures:
-            name = identity(key, self._settings)
+            name = self._new_id(key)
             request = {"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body(figure)}
             line = json.dumps(request).encode() + b"\n"
             if len(line) > most_bytes:
@@ -142,49 +155,116 @@ class Batches:
         for file in files:
             if not file.exists():
                 raise UserError(f"the file of results {file} does not exist")
-            for line in lines_of(file):
-                found[self._result(line, kept)] += 1
+            of_file = Counter(self._result(line, kept) for line in lines_of(file))
+            if of_file and not of_file.keys() - {_DAMAGED}:
+                raise UserError(f"{file} has no result in its {count_of(of_file[_DAMAGED], 'line')}; a file of results "
+                                "or of errors, each with its custom_id and a response or an error, was expected")
+            found += of_file
         return found
 
     def _result(self, line: object, kept: Folder) -> str:
         if not isinstance(line, dict) or not isinstance(line.get("custom_id"), str):
-            return "damaged lines"
-        from llavamed_jax.openai_client.replies import PassingError, read_reply  # imports openai, which takes a second
+            return _DAMAGED
+        response = line.get("response") if isinstance(line.get("response"), dict) else {}
+        if not line.get("error") and "status_code" not in response:
+            return _DAMAGED
+        from llavamed_jax.openai_client.replies import PassingError  # imports openai, which takes a second
 
         name = line["custom_id"]
         if not self._written[name]:
             return "of questions that were not in a batch of this run"
         if name in self._over:
             return "of questions that were asked again with more tokens"
-        if key_of(name) in kept.replies:
-            return "of figures that have a reply"
-        response = line.get("response") if isinstance(line.get("response"), dict) else {}
         try:
-            if line.get("error") or response.get("status_code") != 200:
-                raise PassingError("failed")
-            kept.replies.add(key_of(name), read_reply(json.dumps(response.get("body")).encode()))
+            reply = _reply(line.get("error"), response)
         except PassingError as error:
             return self._failed(line, name, kept, error)
         except RecursionError:
             return self._failed(line, name, kept, PassingError("nested", is_billed=True))
-        return "replies"
+        return self._replied(line, name, kept, reply)
+
+    def _replied(self, line: dict, name: str, kept: Folder, reply: Reply) -> str:
+        """Keeps the reply of a result; counts it as lost if its question has a reply that another result gave."""
+        key, result = key_of(name), _digest(line)
+        before = self._results.setdefault(key, set())
+        is_new, is_first = result not in before, key not in kept.replies
+        is_paid = reply.text or reply.prompt_tokens or reply.finish_reason != "content_filter"
+        # A kept reply without a noted result came online, or is of an earlier version.
+        is_further = is_new and not is_first and is_paid and (before or reply != kept.replies.get(key))
+        if is_further:
+            most = self._most(name)
+            kept.lose(key, reply.prompt_tokens or most[0], answer_tokens(reply))
+        if is_new:  # before the reply is kept, so that a kill between them does not make a second one of it
+            before.add(result)
+            self._note(_REPLIED, result, name)
+        if is_first:
+            kept.replies.add(key, reply)
+            return "replies"
+        return "further replies, which count as paid for" if is_further else _HAS_REPLY
 
     def _failed(self, line: dict, name: str, kept: Folder, error: PassingError) -> str:
-        result = sha256(json.dumps(line, sort_keys=True, default=str))
-        if result not in self._failures:
+        result, has_reply = _digest(line), key_of(name) in kept.replies
+        if result not in self._failures and (error.is_billed or not has_reply):
             if error.is_billed:
                 kept.lose(key_of(name), *(error.counts or self._most(name)))
             self._failures[result] = name
             self._num_failures[name] += 1
-            try:
-                with open(self.folder / _FAILED, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"result": result, "custom_id": name}) + "\n")
-            except OSError as why:
-                raise UserError(f"{self.folder / _FAILED} cannot be written: {why.strerror or why}") from why
-        return "failures"
+            self._note(_FAILED, result, name)
+        return _HAS_REPLY if has_reply else "failures"
+
+    def _note(self, file: str, result: str, name: str) -> None:
+        try:
+            with open(self.folder / file, "a", encoding="utf-8") as out:
+                out.write(json.dumps({"result": result, "custom_id": name}) + "\n")
+        except OSError as why:
+            raise UserError(f"{self.folder / file} cannot be written: {why.strerror or why}") from why
+
+    def _noted(self, file: str) -> dict[str, str]:
+        """Returns hash -> `custom_id` of the results that were noted in a file."""
+        return {str(line["result"]): str(line["custom_id"]) for line in lines_of(self.folder / file)
+                if isinstance(line, dict) and {"result", "custom_id"} <= line.keys()}
 
     def _most(self, name: str) -> tuple[int, int]:
         """Returns the tokens of a request that was written, and the most of its reply."""
-        asked = next(line["body"] for file in self.files() for line in lines_of(file)
-                     if isinstance(line, dict) and line.get("custom_id") == name)
-        return tokens_of(asked["messages"]), asked["max_completion_tokens"]
+        return self._asked.get(name, (0, self._settings.get("max_tokens", 0)))
+
+    @functools.cached_property
+    def _asked(self) -> dict[str, tuple[int, int]]:
+        """`custom_id` -> tokens of the prompt, and the most of its reply, of each request; users may edit the files."""
+        found = {}
+        for line in itertools.chain.from_iterable(map(lines_of, self.files())):
+            if isinstance(line, dict) and isinstance(line.get("custom_id"), str):
+                body = line.get("body") if isinstance(line.get("body"), dict) else {}
+                limit = body.get("max_completion_tokens", body.get("max_tokens"))
+                found[line["custom_id"]] = _prompt_tokens(body.get("messages")), (
+                    limit if type(limit) is int and limit > 0 else self._settings.get("max_tokens", 0))
+        return found
+
+
+def _reply(error: object, response: Mapping) -> Reply:
+    """Returns the reply of a result; raises PassingError if it has none, and RecursionError as `json.dumps` does."""
+    from llavamed_jax.openai_client.replies import PassingError, read_reply, withheld
+
+    status, body = str(response.get("status_code", 400)), response.get("body")  # some services give the error alone
+    if not error and status == "200":
+        return read_reply(json.dumps(body).encode())
+    for each in (error, body) if status == "400" else ():
+        inner = each.get("error", each) if isinstance(each, dict) else None
+        if isinstance(inner, dict) and (empty := withheld(400, inner.get("code"))) is not None:
+            return empty
+    raise PassingError("failed")
+
+
+def _digest(line: dict) -> str:
+    """Returns the hash by which a result is known when it is read again."""
+    try:
+        return sha256(json.dumps(line, sort_keys=True, default=str))
+    except RecursionError:
+        return sha256(f"{line['custom_id']} {short(line.get('id'))}")
+
+
+def _prompt_tokens(messages: object) -> int:
+    try:
+        return tokens_of(messages)
+    except (TypeError, KeyError, AttributeError, ValueError):  # messages of another form
+        return math.ceil(len(json.dumps(messages)) / BYTES_A_TOKEN)

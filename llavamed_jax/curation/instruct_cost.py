@@ -103,6 +103,7 @@ class Budget:
         self.dollars, self.prices, self.max_tokens = dollars, prices, max_tokens
         self.spent, self._rate = 0.0, 1.0
         self._in_flight: dict[object, int] = {}
+        self._reserved = 0  # tokens of all prompts in flight; a batch may have 100,000
         self._lock = threading.Lock()  # attempts are lost in the thread that sends them
 
     def may_send(self, key: object, prompt_tokens: int) -> bool:
@@ -110,12 +111,21 @@ class Budget:
         with self._lock:
             if not self._fits(self._highest(prompt_tokens)):
                 return False
+            self._release(key)
             self._in_flight[key] = prompt_tokens
+            self._reserved += prompt_tokens
             return True
 
+    def _release(self, key: object) -> int:
+        tokens = self._in_flight.pop(key, 0)
+        self._reserved -= tokens
+        return tokens
+
     def _fits(self, more: float) -> bool:
-        reserved = sum(map(self._highest, self._in_flight.values()))
-        return self.dollars is None or self.spent + reserved + more <= self.dollars
+        if self.dollars is None:
+            return True
+        reserved = self.prices.dollars(self._reserved * self._rate, len(self._in_flight) * self.max_tokens)
+        return self.spent + reserved + more <= self.dollars
 
     def _highest(self, prompt_tokens: int) -> float:
         return self.prices.dollars(prompt_tokens * self._rate, self.max_tokens)
@@ -123,7 +133,7 @@ class Budget:
     def settle(self, key: object, reply: Reply) -> None:
         """Replaces a reservation by the cost of the reply."""
         with self._lock:
-            estimated = self._in_flight.pop(key)
+            estimated = self._release(key)
             if reply.prompt_tokens:
                 self._rate = max(self._rate, reply.prompt_tokens / estimated)
             tokens = math.ceil(estimated * self._rate)
@@ -147,7 +157,7 @@ class Budget:
     def free(self, key: object) -> None:
         """Gives back the reservation of a request that failed."""
         with self._lock:
-            self._in_flight.pop(key, None)
+            self._release(key)
 
     def pay(self, reply: Reply, prompt_tokens: int) -> None:
         """Adds the cost of a reply; where the server did not count, `prompt_tokens` and the text's bytes do."""

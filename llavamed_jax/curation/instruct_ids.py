@@ -1,4 +1,7 @@
-"""The `custom_id`s of the requests to a batch service: the key of the question, and a hash of the run's settings."""
+"""The `custom_id`s of the requests to a batch service: the key of the question, and a hash.
+
+The hash is of the run's settings and of how many requests had the question before, so each request has its own.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ BATCH = "batch"  # the folder of the request files, in that of the run
 _MARK = re.compile(r"(.*)-[0-9a-f]{8}")
 
 
-def identity(key: str, settings: Mapping[str, object]) -> str:
-    """Returns the `custom_id` of a question in a run of these settings."""
-    return f"{key}-{sha256(json.dumps(dict(settings), sort_keys=True, default=str))[:8]}"
+def identity(key: str, settings: Mapping[str, object], number: int = 0) -> str:
+    """Returns the `custom_id` of a request in a run of these settings; `number` requests had the question before."""
+    content = json.dumps(dict(settings), sort_keys=True, default=str)
+    return f"{key}-{sha256(f'{content} {number}' if number else content)[:8]}"
 
 
 def key_of(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +13,14 @@ _LONGEST_LINE = 2**26  # bytes
 
 
 def lines_of(path: Path) -> Iterator[object]:
-    """Yields the value of each line of a JSONL file, None for a damaged one; yields nothing if there is no file."""
+    """Yields the value of each line of a JSONL file, None for a damaged one; yields nothing if there is no file.
+
+    A byte-order mark, which editors put before a file's first line, is left out; files may be joined.
+    """
     try:
         with open_file(path) as file:
             while line := file.readline(_LONGEST_LINE):
-                yield from recover_jsonl(line.decode("utf-8", "replace"))
+                yield from recover_jsonl(line.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace"))
     except FileNotFoundError:
         return
     except OSError as error:

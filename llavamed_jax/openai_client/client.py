@@ -245,7 +245,7 @@ class Service:
             except UnreadableError as error:
                 raise PassingError("unreadable", self._clean(error), is_billed=True) from None
             except openai.APIStatusError as error:
-                if (empty := withheld(error)) is not None:
+                if (empty := withheld(error.status_code, error.code)) is not None:
                     return empty
                 name = refused_setting(error, sent)
                 if name is not None:

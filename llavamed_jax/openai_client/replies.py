@@ -164,9 +164,9 @@ def status_error(error: openai.APIStatusError, where: str, is_start: bool,
     return (ServiceError if ends_all else UserError)(f"{where} answers {sentence}")
 
 
-def withheld(error: openai.APIStatusError) -> Reply | None:
+def withheld(status: int, code: object) -> Reply | None:
     """Returns the empty answer of a filter that refuses the request before the model sees it; None for other errors."""
-    return Reply("", "content_filter") if error.status_code == 400 and error.code in _WITHHELD else None
+    return Reply("", "content_filter") if status == 400 and code in _WITHHELD else None
 
 
 def connection_error(error: BaseException, secrets: Secrets = _NOTHING_SECRET) -> tuple[str, bool]:
