@@ -25,6 +25,7 @@ _HREF = "{http://www.w3.org/1999/xlink}href"
 _LANGUAGE = "{http://www.w3.org/XML/1998/namespace}lang"
 _GROUPS = ("fig-group", "figgrp")
 _ARTICLES = ("article", "sub-article", "response")
+_SMALL = re.compile(r"thumb|preview|\b(?:small|low)|[-_](?:small|low)", re.IGNORECASE)
 _MOST_ALIKE = 200  # figures with one number or one id
 _NO_TEXT = ("caption", "ref-list", "table-wrap", "front", "front-stub", "fig", "fig-group", "supplementary-material",
             "floats-group", "floats-wrap", "journal-meta", "boxed-text/caption")
@@ -228,10 +229,12 @@ def _graphics(fig) -> tuple[list[list[str]], list]:
 
 
 def _ordered(graphics: list) -> list[str]:
-    """Returns the files of alternatives: print and large ones first, thumbnails last."""
-    uses = {each: f"{each.get('specific-use')} {each.get('content-type')}" for each in graphics}
-    rank = lambda each: bool(re.search("thumb|preview|small|low", uses[each], re.IGNORECASE))
-    return [each.get(_HREF) for each in sorted(graphics, key=rank) if each.get(_HREF)]
+    """Returns the files of alternatives: print and large ones first, then `.gif`, those that are called small last."""
+    found = [each for each in graphics if each.get(_HREF)]
+    uses = {each: f"{each.get('specific-use')} {each.get('content-type')} {each.get(_HREF)}" for each in found}
+    is_small = lambda each: bool(_SMALL.search(uses[each]))
+    rank = lambda each: (is_small(each), each.get(_HREF).lower().endswith(".gif"))
+    return [each.get(_HREF) for each in sorted(found, key=rank)]
 
 
 def _mention(root, figures: list[Figure], elements: dict[str, list[Figure]]) -> None:

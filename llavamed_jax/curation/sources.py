@@ -110,8 +110,8 @@ def _figures(file: Path, article: Article, there: dict[str, Path], licences: dic
         if not figure.graphics:
             yield Refused(f"{file} {figure.id}", "figure without an image")
         for part, choices in enumerate(figure.graphics, start=1):
-            matches = [found for each in choices if (found := names.match(each, there)) is not None]
-            image = there[min(matches)[1]] if matches else None
+            found = next(filter(None, (names.match(each, there) for each in choices)), None)
+            image = there[found[1]] if found is not None else None
             record = _record(figure, f"{article.pmid or pmcid}_{figure.id}" + (f"_{part}" if part > 1 else ""),
                              strictest([licence, figure.licence]) if figure.licence else licence)
             record |= {"pmid": article.pmid, "pmcid": pmcid, "doi": article.doi, "graphic_ref": choices[0]}
