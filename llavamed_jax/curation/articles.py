@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llavamed_jax.curation import names
 from llavamed_jax.curation.bucket import COMMERCIAL, NON_COMMERCIAL, Bucket, File, Version, licence_of
-from llavamed_jax.curation.downloads import DamagedError
+from llavamed_jax.curation.downloads import DamagedError, WebPageError
 
 NO_PREFIX = "no prefix in the bucket"
 NO_MEDIA = "licence without media"
@@ -16,6 +16,7 @@ UNKNOWN_LICENCE = "licence unknown, with --licence"
 RETRACTED = "retracted"
 NAME_GONE = "name gone"
 DAMAGED = "damaged"
+UNREAD = "metadata damaged"
 TOO_LARGE = "too large"
 BAD_ROW = "malformed row of the list"
 NAME_TAKEN = "name taken by another row"
@@ -23,6 +24,8 @@ NAME_TAKEN = "name taken by another row"
 MIRROR_FAILED = "mirror failed"
 NOT_REACHED = "server failed"
 WEB_PAGE = "web page in its place"  # of a login, or an error that is sent with the status 200
+
+_OF_METADATA = ("the metadata ", "the server answered something else than a listing")  # how such details begin
 
 WHOLE = "*"  # in place of a file's name: the XML and every image of an article
 
@@ -54,16 +57,29 @@ class Missing:
         """Whether another run may have more luck."""
         return self.reason in (NOT_REACHED, MIRROR_FAILED, WEB_PAGE)
 
+    @property
+    def is_unread(self) -> bool:
+        """Whether the bucket may have the article, and did not tell its licence and whether it was retracted."""
+        return self.reason == UNREAD or not self.licence and self.reason in (NOT_REACHED, WEB_PAGE)
+
+
+def unread(error: DamagedError) -> Missing:
+    """Returns why nothing is known of an article whose metadata is not what was asked for."""
+    return Missing(WEB_PAGE if isinstance(error, WebPageError) else UNREAD, str(error))
+
 
 def as_now(why: Missing, licences: Collection[str] | None) -> Missing:
     """Returns what a reason that an earlier version wrote is called now.
 
-    `licence without media` also stood for articles of a CC licence for which the bucket has no media.
+    `licence without media` also stood for articles of a CC licence for which the bucket has no media, and `damaged`
+    also for damaged metadata.
 
     Args:
       why: the reason of a line.
       licences: the licences to take; None takes all.
     """
+    if why.reason == DAMAGED and not why.licence and why.detail.startswith(_OF_METADATA):
+        return Missing(UNREAD, why.detail)
     licence = why.detail.partition(", ")[2]
     if why.reason != NO_MEDIA or licence_of(licence) not in COMMERCIAL | NON_COMMERCIAL:
         return why
@@ -93,7 +109,8 @@ def resolve(bucket: Bucket, pmcid: str, number: int | None, wanted: Sequence[str
     """Finds each wanted file of an article: lists its versions, and reads their metadata from the newest on.
 
     A version that holds the very name is preferred, then the newest. Retracted versions and those with another licence
-    are passed over. Older versions are not read once each name has its file.
+    are passed over. Older versions are not read once each name has its file. A name that no version has may be in one
+    whose metadata cannot be read.
 
     Args:
       bucket: the bucket.
@@ -112,8 +129,10 @@ def resolve(bucket: Bucket, pmcid: str, number: int | None, wanted: Sequence[str
     numbers = bucket.numbers(pmcid) if number is None else [number]
     versions: list[Version] = []
     for each in numbers:
-        version = _read(bucket.version, pmcid, each, damaged) or _read(bucket.within, pmcid, each, damaged)
+        problems: list[DamagedError] = []
+        version = _read(bucket.version, pmcid, each, problems) or _read(bucket.within, pmcid, each, problems)
         if version is None:
+            damaged += problems
             continue
         versions.append(version)
         chosen = _choose(versions, wanted, licences)
@@ -123,16 +142,20 @@ def resolve(bucket: Bucket, pmcid: str, number: int | None, wanted: Sequence[str
         raise damaged[0]
     if not versions:
         detail = f"version {number}" if number is not None else "the versions have no metadata" if numbers else ""
+        if number is not None:
+            bucket.prove(pmcid)
         return {name: Missing(NO_PREFIX, detail) for name in wanted}
-    return _choose(versions, wanted, licences)
+    chosen = _choose(versions, wanted, licences)
+    return {name: unread(damaged[0]) if damaged and isinstance(found, Missing) and found.reason == NAME_GONE else found
+            for name, found in chosen.items()}
 
 
 def _read(read: Callable[[str, int], Version | None], pmcid: str, number: int,
-          damaged: list[DamagedError]) -> Version | None:
+          problems: list[DamagedError]) -> Version | None:
     try:
         return read(pmcid, number)
     except DamagedError as error:
-        damaged.append(error)
+        problems.append(error)
         return None
 
 

@@ -9,10 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 import urllib.parse
 from dataclasses import dataclass, field
 
-from llavamed_jax.curation.downloads import AbsentError, Client, DamagedError, WebPageError, looks_like_html
+from llavamed_jax.curation.downloads import (
+    IN_A_ROW,
+    AbsentError,
+    Client,
+    DamagedError,
+    FailedError,
+    ServerError,
+    WebPageError,
+    looks_like_html,
+)
 from llavamed_jax.curation.extra import needed
 from llavamed_jax.curation.names import is_safe
 from llavamed_jax.curation.xml_bounds import parse
@@ -100,6 +110,7 @@ class Bucket:
 
     def __init__(self, client: Client, base: str = BASE_URL):
         self.client, self._base = client, base.rstrip("/") + "/"
+        self._lock, self._is_proven, self._num_absent = threading.Lock(), False, 0
 
     def url(self, key: str) -> str:
         """Returns the address of a key; blanks, `+`, `?`, `#` and letters beyond ASCII are quoted."""
@@ -136,6 +147,7 @@ class Bucket:
             found.append(_read_metadata(body, pmcid, number))
 
         self.client.get(self.url(key), _MOST_METADATA, check)
+        self._is_proven = True
         return found[-1]
 
     def numbers(self, pmcid: str) -> list[int]:
@@ -151,6 +163,10 @@ class Bucket:
         Args:
           prefix: the prefix.
           path: the texts to take from a page, such as `Contents/{*}Key` or `CommonPrefixes/{*}Prefix`.
+
+        Raises:
+          DamagedError, FailedError: the reply is no listing; a bucket answers with one that is empty, and not with 404.
+          ServerError: many listings are absent, and none was ever had: the address is not that of a bucket.
         """
         needed("lxml.etree", "reads XML")
         found: list[str] = []
@@ -160,12 +176,35 @@ class Bucket:
                 {"continuation-token": token} if token else {})
             pages: list = []
             address = f"{self._base}?{urllib.parse.urlencode(query, quote_via=urllib.parse.quote)}"
-            self.client.get(address, _MOST_METADATA, lambda body, _: pages.append(_read_listing(body)))  # noqa: B023
+            try:
+                self.client.get(address, _MOST_METADATA, lambda body, _: pages.append(_read_listing(body)))  # noqa: B023
+            except AbsentError as error:
+                raise self._no_listing(address, error) from None
+            self._is_proven = True
             found += [each.text or "" for each in pages[-1].iterfind("{*}" + path)]
             token = pages[-1].findtext("{*}NextContinuationToken")
             if not token:
                 break
         return found
+
+    def prove(self, pmcid: str) -> None:
+        """Lists an article's versions if nothing was found before: at a wrong address every file is absent.
+
+        Raises:
+          DamagedError, FailedError, ServerError: as `list`.
+        """
+        if not self._is_proven:
+            self.numbers(pmcid)
+
+    def _no_listing(self, address: str, error: AbsentError) -> Exception:
+        """Returns what to raise for a listing that is absent."""
+        with self._lock:
+            self._num_absent += 1
+            is_over = self._num_absent >= IN_A_ROW and not self._is_proven
+        if is_over:
+            return ServerError(f"{self._base} answers each of {IN_A_ROW} listings with {error}; the address of a "
+                               f"bucket, such as {BASE_URL}, was expected")
+        return FailedError(f"{address}: {error}")
 
     def get(self, file: File, most: int) -> bytes:
         """Gets a file and verifies its md5; the `ETag` stands in where the metadata has none.

@@ -26,7 +26,7 @@ BACKOFF_S = 0.5
 _LONGEST_BACKOFF = 64  # multiple of the first wait
 _LONGEST_RETRY_AFTER_S = 600.0
 _DAMAGED_AGAIN = 2  # attempts after the first, for a reply that came whole and is wrong
-_IN_A_ROW = 16  # consecutive failures after which the server is at fault, and not a file
+IN_A_ROW = 16  # consecutive failures after which the server is at fault, and not a file
 _POLL_S = 0.05
 _IDENTITY = {"Accept-Encoding": "identity", "User-Agent": "llavamed-jax (data preparation)"}
 
@@ -245,7 +245,7 @@ class Client:
     def _failed(self, url: str, reason: str, is_absent: bool = False) -> None:
         with self._lock:
             self._failed_in_a_row += 1
-            is_over = self._failed_in_a_row >= _IN_A_ROW or is_absent and not self._has_answered
+            is_over = self._failed_in_a_row >= IN_A_ROW or is_absent and not self._has_answered
         if is_over:
             often = "" if is_absent else f"; {self._failed_in_a_row} requests in a row failed"
             raise ServerError(f"{cut(url, 300)} cannot be had: {reason}{often}")

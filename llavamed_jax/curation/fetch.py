@@ -20,7 +20,7 @@ from llavamed_jax.curation.bucket import Bucket, File
 from llavamed_jax.curation.downloads import AbsentError, DamagedError, FailedError, TooLargeError, WebPageError
 from llavamed_jax.curation.fetch_lines import missing_from, missing_line, part_of, path_in_article, path_of
 from llavamed_jax.curation.mirror import Answer, Mirror
-from llavamed_jax.curation.resolved import Article, Resolver, reason_of
+from llavamed_jax.curation.resolved import Article, Resolver
 from llavamed_jax.curation.wanted import Rejected, Wanted
 from llavamed_jax.errors import UserError
 from llavamed_jax.images.load import load_image
@@ -31,7 +31,7 @@ MOST_FILE = 2**28  # bytes of an image or an XML file
 _LARGE_IMAGE = 2**24  # pixels; one of these at a time is decoded
 _WAIT_S = 0.2
 _NOT_FILLED = (articles.NO_MEDIA, articles.EXCLUDED, articles.RETRACTED, articles.BAD_ROW,
-               articles.NAME_TAKEN)  # by a mirror
+               articles.NAME_TAKEN, articles.UNREAD)  # by a mirror
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ class Fetch:
         except AbsentError as error:
             why = articles.NAME_GONE, error
         except DamagedError as error:
-            why = reason_of(error), error
+            why = articles.WEB_PAGE if isinstance(error, WebPageError) else articles.DAMAGED, error
         except TooLargeError as error:
             why = articles.TOO_LARGE, error
         except FailedError as error:
@@ -311,7 +311,8 @@ class Fetch:
             self._folder.append(store.MISSING, missing_line(row, why))
 
     def _fill(self, rows: Sequence[Wanted]) -> None:
-        """Asks the mirrors for what is missing, but not for what a licence or a retraction forbids."""
+        """Asks the mirrors for what is missing, but not for what a licence or a retraction forbids, or may forbid."""
+        rows = [row for row in rows if not self.missing[row].is_unread]
         failed: dict[Wanted, Missing] = {}
         for mirror in self._mirrors:
             left = [row for row in rows if row.file != WHOLE and row in self.missing

@@ -23,7 +23,7 @@ _MOST_PART = 2**31  # bytes of a part of a report; parts are gzipped CSV
 _MOST_MANIFEST = 2**25
 
 
-def changed(bucket: Bucket, since: datetime.date | None, until: datetime.date | None) -> list[str]:
+def changed(bucket: Bucket, since: datetime.date | None, until: datetime.date | None) -> tuple[list[str], str]:
     """Lists the articles whose metadata changed within a span of days, the latest change first.
 
     A change of any file of an article changes its metadata, so a date is not that of publication. The report lags the
@@ -35,27 +35,37 @@ def changed(bucket: Bucket, since: datetime.date | None, until: datetime.date | 
       until: the last day; None for no bound.
 
     Returns:
-      `PMCn` of each article, once.
+      `PMCn` of each article, once, and the day of the report.
 
     Raises:
       UserError: the bucket has no report, or the newest one is damaged.
     """
     latest: dict[str, str] = {}
     first, last = since and since.isoformat(), until and until.isoformat()
-    for pmcid, moment in _rows(bucket):
+    report = _newest(bucket)
+    for pmcid, moment in _rows(bucket, report):
         day = moment[:10]
         if (first is None or day >= first) and (last is None or day <= last):
             latest[pmcid] = max(moment, latest.get(pmcid, ""))
-    return sorted(latest, key=lambda pmcid: (latest[pmcid], int(pmcid[3:])), reverse=True)
+    found = sorted(latest, key=lambda pmcid: (latest[pmcid], int(pmcid[3:])), reverse=True)
+    return found, _REPORT.fullmatch(report)[1]
 
 
-def _rows(bucket: Bucket) -> Iterator[tuple[str, str]]:
-    """Yields article and time of change of each version in the newest report."""
-    reports = sorted(each for each in bucket.list(_PREFIX, "CommonPrefixes/{*}Prefix") if _REPORT.fullmatch(each))
+def _newest(bucket: Bucket) -> str:
+    """Returns the prefix of the newest report."""
+    try:
+        reports = [each for each in bucket.list(_PREFIX, "CommonPrefixes/{*}Prefix") if _REPORT.fullmatch(each)]
+    except (DamagedError, FailedError, TooLargeError) as error:
+        raise UserError(f"the inventory {bucket.url(_PREFIX)} cannot be listed: {error}") from None
     if not reports:
         raise UserError(f"{bucket.url(_PREFIX)} holds no report of the inventory; the name of a day was expected below "
                         "it")
-    key = f"{reports[-1]}manifest.json"
+    return max(reports)
+
+
+def _rows(bucket: Bucket, report: str) -> Iterator[tuple[str, str]]:
+    """Yields article and time of change of each version in a report."""
+    key = f"{report}manifest.json"
     try:
         manifest = json.loads(bucket.get(File(key, key, ""), _MOST_MANIFEST))
         for part in manifest["files"]:

@@ -130,21 +130,28 @@ def _date(text: str) -> datetime.date:
 
 
 def _rows(args: argparse.Namespace, out: Path, client: Client, resolver: Resolver) -> Iterable[Wanted | Rejected]:
-    """Returns the rows of the list, or those that the inventory gives; the choice is written down for later runs."""
+    """Returns the rows of the list, or those that the inventory gives; a choice of some is written for later runs."""
     if args.list is not None:
         return read_list(Path(args.list))
     chosen, first = out / _SELECTED, f"# since {args.since} until {args.until} limit {args.limit}"
-    if not chosen.is_file():
-        found = inventory.changed(bucket.Bucket(client, args.base_url), args.since, args.until)
-        print(f"inventory: {len(found):,} articles changed in this span", flush=True)
+    lines = chosen.read_text(encoding="utf-8").splitlines() if chosen.is_file() else []
+    if len(lines) < 2:
+        found, day = inventory.changed(bucket.Bucket(client, args.base_url), args.since, args.until)
+        print(f"inventory of {day}: {len(found):,} article{'s' * (len(found) != 1)} changed in this span", flush=True)
         if args.limit is not None and args.licence != "none":
             found = resolver.choose(found, args.limit, args.concurrency)
             print(f"--licence {args.licence}: {count_of(len(found), 'article')} chosen", flush=True)
-        write_text(chosen, "\n".join([first, *found[:args.limit]]) + "\n")
-    lines = chosen.read_text(encoding="utf-8").splitlines()
-    if lines[:1] != [first]:
-        raise UsageError(f"{chosen} holds another choice ({short(lines[0] if lines else '')}); the same --since, "
-                         "--until and --limit, or another --out was expected")
+        lines = [first, *found[:args.limit]]
+        if found:
+            write_text(chosen, "\n".join(lines) + "\n")
+        else:
+            print("nothing is selected; the same command reads the inventory again", flush=True)
+    elif lines[0] != first:
+        raise UsageError(f"{chosen} holds another choice ({short(lines[0])}); the same --since, --until and --limit, "
+                         "or another --out was expected")
+    else:
+        print(f"selection of {chosen}: {len(lines) - 1:,} article{'s' * (len(lines) != 2)}; remove the file to choose "
+              "anew", flush=True)
     return (Wanted(line, None, articles.WHOLE, "") for line in lines[1:])
 
 

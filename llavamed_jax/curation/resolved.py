@@ -8,16 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from llavamed_jax.curation import articles, store
 from llavamed_jax.curation.articles import WHOLE, Found, Missing
 from llavamed_jax.curation.bucket import Bucket
-from llavamed_jax.curation.downloads import AbsentError, DamagedError, FailedError, TooLargeError, WebPageError
+from llavamed_jax.curation.downloads import AbsentError, DamagedError, FailedError, TooLargeError
 from llavamed_jax.curation.fetch_lines import found_from, found_line, path_in_article
 from llavamed_jax.utils import signals
 
 Article = tuple[str, "int | None"]  # PMCn, and the version that is asked for
-
-
-def reason_of(error: DamagedError) -> str:
-    """Returns the reason for a reply that is not what was asked for."""
-    return articles.WEB_PAGE if isinstance(error, WebPageError) else articles.DAMAGED
 
 
 class Resolver:
@@ -57,7 +52,7 @@ class Resolver:
         try:
             found = articles.resolve(self._bucket, *article, list(names), self._licences)
         except DamagedError as error:
-            return dict.fromkeys(names, Missing(reason_of(error), str(error)))
+            return dict.fromkeys(names, articles.unread(error))
         except (FailedError, TooLargeError, AbsentError) as error:
             return dict.fromkeys(names, Missing(articles.NOT_REACHED, str(error)))
         there = {name: [found_line(each) for each in what] for name, what in found.items() if isinstance(what, list)}
