@@ -8,12 +8,24 @@ is unknown.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from llavamed_jax.curation.bucket import COMMERCIAL, NON_COMMERCIAL, licence_of
+from llavamed_jax.curation.jats_owner import (
+    is_by_permission,
+    is_from_elsewhere,
+    is_of,
+    owner_in,
+    owners_in,
+    states_copyright,
+)
 from llavamed_jax.curation.prose import local, sentences, text_of
 
 UNKNOWN = "unknown"
+_TEXTS = ("caption", "p", "fn")  # of a figure
+_OF_OWNERS = ("permissions", "attrib", "copyright-statement", "copyright-holder")
+_NOT_OF_FIGURE = ("fig", "fig-group", "figgrp", "table-wrap", "supplementary-material", "alt-text", "long-desc",
+                  "object-id", "tex-math", "math", "article", "sub-article", "response")
 _HREF = "{http://www.w3.org/1999/xlink}href"
 _ADDRESS = re.compile(r"creativecommons\.org/+(licen[cs]es|publicdomain)/+([a-z+-]+)", re.IGNORECASE)
 _CODE = re.compile(r"\bCC[\s_-]*BY((?:[\s\-\u2010-\u2015]*(?:NC|ND|SA)\b)*)", re.IGNORECASE)
@@ -35,27 +47,6 @@ _NO_CHANGE = re.compile(
     rf"|\bnot\b{_FEW}share\s+adapted", re.IGNORECASE)
 _ALIKE = re.compile(r"share[\s\-\u2010-\u2015]?alike|\b(?:same|identical)\s+licen[cs]", re.IGNORECASE)
 _NEGATED = re.compile(rf"\bnot\b{_FEW}(?:licen[cs]ed|distributed|available|published|covered){_FEW}", re.IGNORECASE)
-_BY_PERMISSION = re.compile(
-    r"\b(?:re-?us|re-?print|re-?produc|re-?publish|adapt|adopt|modif|borrow|tak|us|obtain)(?:e|ed|en|ing|ied)?\b"
-    r"[^.;]{0,120}\bpermissions?\b|\b(?:by|with)\s+(?:\w+\s+){0,2}permissions?\b|\ball\s+rights\s+reserved\b",
-    re.IGNORECASE)
-_REPRINTED = re.compile(
-    r"\b(?:re-?(?:used?|printed|produced|published|drawn)|adapted|adopted|modified|borrowed)\s+(?:\w+\s+){0,3}from\b"
-    r"|\bcourtesy\b", re.IGNORECASE)
-_COPYRIGHT = re.compile(r"\u00a9|\(c\)|\bcopyright\b", re.IGNORECASE)
-_AUTHORS = re.compile(r"\bauthors?\b")
-_NEEDS_NONE = re.compile(r"\b(?:without|no)\s+(?:\w+\s+){0,4}permissions?", re.IGNORECASE)
-_PERSON = (r"\b(?:patients?|parents?|parental|guardians?|famil(?:y|ies)|participants?|subjects?|volunteers?|donors?|"
-           r"mother|father|son|daughter|wife|husband|spouse|relatives?|child|next\s+of\s+kin)\b")
-_OF_PERSON = (r"(?:his\s*(?:/|or)\s*her\s+)?(?-i:(?!(?:of|from|for|by|in|and|or)\b)[a-z'\u2019]+\s+){0,3}?"
-              rf"{_PERSON}(?![\w'\u2019-])")
-_CONSENT = re.compile(  # of the person whom a figure shows, which says nothing about who owns the figure
-    rf"{_PERSON}(?:['\u2019]s?)?\s+(?:(?:written|informed|verbal|oral|explicit|express|full|kind)\s+){{0,2}}"
-    r"(?:consent\s+and\s+)?permissions?\b(?!\s+(?:of|from|by)\b)"
-    rf"|\bpermissions?\s+(?:of|from|by)\s+{_OF_PERSON}(?:(?:\s*,)?\s*(?:and|or|/)\s*(?:of\s+|from\s+)?{_OF_PERSON})*"
-    r"(?=\s*(?:[.,;:)\]]|$|(?:to|for|who|whose|in|is|was|were|has|after|shown|depicted|described|involved|concerned)\b))"
-    r"(?!\s*,\s*(?:and|or)\b)"
-    r"|\binformed\s+(?:written\s+)?(?:consent\s+(?:and|or)\s+)?permissions?\b(?!\s+(?:of|from|by)\b)", re.IGNORECASE)
 
 
 def strictest(codes: Iterable[str]) -> str:
@@ -88,12 +79,12 @@ def licence_of_figure(fig) -> str:
     """Returns the licence that a figure states for itself; "" if it states none and has that of its article.
 
     A figure that was reused with permission is `unknown`: the permission is its publisher's, and not the reader's. So
-    is one that was taken from elsewhere or belongs to somebody else, unless it states a licence.
+    is one that was taken from elsewhere or belongs to somebody else, unless it states a licence. All that stands in the
+    figure is read: captions, notes, credits, permissions, also those of one graphic or of one of its alternatives.
     """
-    own = [each for one in (fig, *(child for child in fig if local(child) in ("graphic", "media"))) for each in one
-           if local(each) in ("permissions", "attrib", "copyright-statement", "copyright-holder", "caption")]
+    own = list(_said_of(fig))
     for each in own:
-        if any(_is_by_permission(part) for part in _parts(text_of(each))):
+        if any(is_by_permission(part, is_of_figure=local(each) != "permissions") for part in _parts(text_of(each))):
             return UNKNOWN
     codes = [licence_of_article(each) for each in own
              if local(each) == "permissions" and any(local(one) in ("license", "license_ref") for one in each.iter())]
@@ -103,33 +94,47 @@ def licence_of_figure(fig) -> str:
     return UNKNOWN if any(_is_of_others(each) for each in own) else ""
 
 
+def _said_of(element, is_in_text: bool = False) -> Iterator:
+    """Yields what says of whom a figure is, anywhere in it, but not in figures and tables of its own.
+
+    Args:
+      element: a figure, a group of figures, or what is in one.
+      is_in_text: whether it is a text that was yielded, so that its paragraphs are not.
+    """
+    for child in element:
+        name = local(child)
+        if name in _OF_OWNERS:
+            yield child
+        elif name in _TEXTS:
+            if not is_in_text or name == "fn":  # `text_of` leaves out notes
+                yield child
+            yield from _said_of(child, True)
+        elif name and name not in _NOT_OF_FIGURE:
+            yield from _said_of(child, is_in_text)
+
+
 def _is_of_others(element) -> bool:
-    """Returns whether a figure's caption, credit or copyright names a source or an owner that is not the article's."""
-    if _REPRINTED.search(text_of(element)):
+    """Returns whether what a figure says names a source or an owner that is not the article's."""
+    text = text_of(element)
+    if is_from_elsewhere(text):
         return True
-    if local(element) == "caption":
-        return False
-    stated = [element] if local(element) != "permissions" else [
-        each for each in element if local(each) in ("copyright-statement", "copyright-holder")]
-    owners = {owner for each in stated if local(each) == "copyright-holder" or _COPYRIGHT.search(text_of(each))
-              if (owner := _owner(text_of(each)))}
-    if not owners:
-        return False
     article = next((each for each in element.iterancestors() if local(each) == "article"), None)
     stated = article.iterfind("{*}front/{*}article-meta/{*}permissions/*") if article is not None else ()
-    known = {_owner(text_of(each)) for each in stated if local(each) in ("copyright-statement", "copyright-holder")}
-    return not all(owner in known or _AUTHORS.search(owner) for owner in owners)
-
-
-def _owner(text: str) -> str:
-    """Returns the owner in a statement of copyright, without the sign, years and stops, in lower case."""
-    return " ".join(re.findall(r"[^\W\d_]+", _COPYRIGHT.sub(" ", text).casefold()))
+    known = {owner_in(text_of(each)) for each in stated if local(each) in ("copyright-statement", "copyright-holder")}
+    if local(element) in (*_TEXTS, "attrib"):
+        owners = set(owners_in(_parts(text), has_panels=local(element) != "attrib"))
+    else:
+        stated = [element] if local(element) != "permissions" else [
+            each for each in element if local(each) in ("copyright-statement", "copyright-holder")]
+        owners = {owner_in(text_of(each)) for each in stated
+                  if local(each) == "copyright-holder" or states_copyright(text_of(each))}
+    return any(owner and not is_of(owner, known) for owner in owners)
 
 
 def _licence(element) -> str:
     """Returns the licence of one element: all that its addresses and its words forbid together."""
     addresses, said = _addresses(element), _parts(text_of(element))
-    granting = [part for part in said if not (_is_by_permission(part) or _NEGATED.search(part))]
+    granting = [part for part in said if not (is_by_permission(part) or _NEGATED.search(part))]
     found: list[set[str] | None] = []
     for address in _ADDRESS.finditer(" ".join([*addresses, *said])):
         parts = set(address[2].lower().strip("-").split("-"))
@@ -161,11 +166,6 @@ def _addresses(element) -> list[str]:
 
 def _parts(text: str) -> list[str]:
     return [text[start:end] for start, end in sentences(text)]
-
-
-def _is_by_permission(sentence: str) -> bool:
-    """Returns whether a sentence speaks of a permission that its owner gave, and not of a person's consent."""
-    return _BY_PERMISSION.search(_CONSENT.sub("", _NEEDS_NONE.sub("", sentence))) is not None
 
 
 def _code(parts: set[str]) -> str:
