@@ -39,7 +39,7 @@ _CONSENT = re.compile(  # of the person whom a figure shows, or of an ethics com
 
 _WORD = r"(?-i:[A-Z][\w'\u2019-]{0,40})"
 _REFERENCE = (r"(?:refs?\b\.?\s*[\[(]?\d|references?\s*(?:[\[(]?\d|[.,;)]|$)|\[\s*\d|\(\s*\d{1,3}\s*\)\s*(?:[.,;)]|$)|"
-              r"https?:|www\.|doi\b)")
+              r"[(\[<]?(?:https?:|www\.|doi\b))")
 _AUTHORS = (rf"{_WORD}(?:[\s,]+(?:and\s+|&\s+)?(?-i:[A-Z][\w'\u2019.-]{{0,40}})){{0,4}}\s*,?\s*"
             r"(?:et\s+al\b|and\s+(?:colleagues|co-?workers)\b|\[\s*\d)")
 _WORK = r"(?:(?:an?|the)\s+(?:\w+\s+){0,2}?(?:study|article|paper|work|report|book|textbook|review)\s+(?:of|by)\s+)?"
@@ -53,6 +53,9 @@ _BEGIN = r"(?:^|[.(\[:;]\s*)"
 _FIGURE = (r"\b(?:figures?|figs?\.?|images?|pictures?|illustrations?|diagrams?|schematics?|schemes?|photos?|"
            r"(?:photo|photomicro|micro|radio)graphs?|drawings?|sketch(?:es)?|maps?|panels?|scans?)")
 _WAS = r"(?:\s+(?:is|are|was|were|been|has|have|originally|partly|partially|kindly)){0,3}\s+"
+_SOURCE = (  # a name, but not that of the authors' clinic or of an isotope
+    r"(?-i:(?=[A-Z]))(?!authors?\b|own\b|our\b|[^\s.;)]*\d)"
+    r"(?![^.;)]{0,100}\b(?:hospital|clinic|universit|department|faculty|institut|school))")
 _FROM_ELSEWHERE = re.compile("|".join((
     r"\b(?:re-?(?:used?|printed|produced|published|drawn)|adapted|adopted|modified|borrowed)"
     r"(?:\s*[,(]\s*(?:with|and|in|but)\s[^.;,()]{0,60}[,)]|,(?=\s+from\b))?\s+(?:\w+\s+){0,3}from\b",
@@ -62,16 +65,20 @@ _FROM_ELSEWHERE = re.compile("|".join((
     rf"(?:{_BEGIN}|{_FIGURE}{_WAS})(?:taken|copied|excerpted|downloaded|sourced)\s+from\s+"
     rf"(?:{_NAME}|(?:the|an?)\s+(?:\w+\s+){{0,2}}?(?:web\s?site|internet|literature|textbook|online)\b)",
     rf"{_FIGURE}{_WAS}(?:(?:obtained|retrieved|extracted|sourced)\s+)?from\s+{_CITED}",
-    rf"{_BEGIN}sources?\s*:\s*{_CITED}",
+    rf"\(\s*from\s+{_CITED}",
+    rf"(?:{_BEGIN}|{_FIGURE}\s+)sources?\s*:\s*(?:{_CITED}|{_SOURCE})",
     r"\bunder\s+(?:an?\s+|the\s+)?(?:[\w-]+\s+){0,2}?licen[cs]e\s+(?:from|of|by)\s+"
     r"(?!(?:\w+\s+){0,4}?(?:home\s+office|ministry|government|authorit\w+|ethic\w+)\b)",
     r"\blicen[cs]ed\s+from\b",
     rf"(?:{_FIGURE}\s+credits?\s*(?::|to\b)|\bcredits?\s*:)\s*(?!(?:the\s+|our\s+|all\s+)?(?:authors?|own|us)\b)\w",
-    r"\b(?:getty\s+images|shutterstock|i-?stock(?:photo)?|adobe\s+stock|alamy|science\s+photo\s+library)\b",
+    r"\b(?:getty\s+images|shutterstock|i-?stock(?:photo)?|adobe\s+stock|alamy|science\s+photo\s+library|"
+    r"wikipedia|wikimedia)\b",
     r"\bcourtesy\b")), re.IGNORECASE)
 
 _COPYRIGHT = re.compile(r"\u00a9|\(c\)|\bcopyright\b", re.IGNORECASE)
-_CLAIMED = re.compile(r"(?:\u00a9|\bcopyright(?:ed|s)?\b)(?:[\s:,]*(?:\u00a9|\(c\)|copyright))*", re.IGNORECASE)
+_CLAIMED = re.compile(  # a sign that is glued to the end of a product's name claims nothing about the figure
+    r"(?:(?<!\w)\u00a9|\u00a9(?=\s*(?:(?:19|20)\d\d\b|[.,;)\]]|$))|\bcopyright(?:ed|s)?\b)"
+    r"(?:[\s:,]*(?:\u00a9|\(c\)|copyright))*", re.IGNORECASE)
 _NO_COPYRIGHT = re.compile(
     r"\b(?:no|not|without|free\s+(?:of|from)|any)\b(?:\s+\w+){0,4}?\s+copyright\w*|\bcopyright[\s-]*(?:free|expired|"
     r"permissions?|infring\w+)\b", re.IGNORECASE)

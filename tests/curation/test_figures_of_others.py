@@ -42,6 +42,13 @@ Figure modified after Netter.
 Redrawn after reference 3.
 Picture from Smith and Jones [4].
 Source: Smith et al., Radiology 2010.
+A victim of cholera (source: Wellcome Library, London).
+Photo source:https://example.org/a
+Image obtained from Wikipedia – available at an address.
+The photo is downloaded from (http://example.org/a).
+Sagittal section (from Boon et al.9)
+Photo B: Deep Sea Productions©. (B) The deck.
+[© Diogo Guerra 2015]
 Used under license from Shutterstock.
 Reproduced under licence from Elsevier.
 Icon licensed from a library.
@@ -83,6 +90,12 @@ Axial, (b) coronal and (c) sagittal CT.
 Image credit: the authors.
 Source: our own archive.
 Sources: hospital records.
+Source: Shahid Rajaie Hospital MRI center, Tehran.
+Source: Ir-192 for brachytherapy.
+Dimensions as measured using OsiriX©: axial length.
+Cataract taken from patient IV:4.
+[The patient has given explicit permission for this photograph to be published]
+The retrieved guidewire (printed with permission of the patient).
 Animals were kept under licence from the Home Office.
 The patient was licensed to drive.
 The drug was used under a licence for children.
