@@ -337,8 +337,7 @@ class Fetch:
         before = self.missing[row]
         licence = before.licence
         if self._settings.licences is not None and not licence:
-            why = Missing(articles.UNKNOWN_LICENCE, source)
-            self._miss(row, articles.joined(before, why) if before.is_temporary else why)
+            self._miss(row, Missing(articles.UNKNOWN_LICENCE, source))
             return
         try:
             self._accept(row, data, False, source, licence=licence)
