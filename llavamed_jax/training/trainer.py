@@ -10,25 +10,24 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.tree import base, store
 from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.parallel.mesh import local_rows
 from llavamed_jax.pipeline.loader import Loader
 from llavamed_jax.pipeline.workers import WorkerError
-from llavamed_jax.training import alike, arithmetic, bucket_workdir, recipe, resume, settings, void_keys
+from llavamed_jax.training import alike, arithmetic, bucket_workdir, recipe, resume, void_keys
 from llavamed_jax.training import place as places
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.callbacks import NONE, Callbacks, Sampler, Snapshot
+from llavamed_jax.training.inputs import open_inputs
 from llavamed_jax.training.log import MetricsWriter, SilentLog, troubles
 from llavamed_jax.training.metrics_reader import MetricsReader, Update
 from llavamed_jax.training.profiler import Profiler
-from llavamed_jax.training.program import Program, open_mesh, within_memory
+from llavamed_jax.training.program import Program, within_memory
 from llavamed_jax.training.progress import Progress, check_something_was_trained
 from llavamed_jax.training.rows import Data
 from llavamed_jax.training.saver import Saver
-from llavamed_jax.training.start import open_start, with_own_tokenizer
 from llavamed_jax.training.state import TrainState
 from llavamed_jax.training.step import make_eval_step, make_train_step, put_batch
 from llavamed_jax.training.step_agreement import StepAgreement
@@ -155,7 +154,7 @@ class Run:
           earlier: the record of this step; {} to begin.
         """
         workdir, is_first = place.workdir, not distributed.process_index()
-        checkpoint, data, program, total_steps = _open_inputs(cfg, workdir, total_steps, step, earlier)
+        checkpoint, data, program, total_steps = open_inputs(cfg, workdir, total_steps, step, earlier)
         batches = data.training_batches(program.mesh)  # may raise, so it comes before anything is written
         meta = None if step is None else store.read_meta(workdir, step)
         if meta is not None:
@@ -341,31 +340,6 @@ class Run:
         line = f"{end} at step {self.step} of {self.total_steps}: {self.place.name}"
         self.log.say(" · ".join([line, *troubles(vars(self.progress))]))
         return is_finished
-
-
-def _open_inputs(cfg: ConfigDict, workdir: Path, total_steps: int | None, step: int | None,
-                 earlier: Mapping) -> tuple[Checkpoint, Data, Program, int]:
-    """Opens the weights, the data and the program of a run, and checks that they are the same in all processes.
-
-    Arguments are those of `Run.open`.
-
-    Returns:
-      The weights, the data, the program, and the updates of the run.
-    """
-    checkpoint = open_start(cfg) if step is None else base.open_base(workdir)
-    agreement.check_same(lambda: alike.model(cfg, workdir, checkpoint, step))
-    start = cfg if step is None else with_own_tokenizer(cfg)
-    mesh = open_mesh(cfg, checkpoint.config)
-    agreement.check_same(lambda: alike.mesh(mesh))
-    with distributed.after_first():  # the other processes read what process 0 has cached of large data
-        data = Data.open(start, checkpoint, mesh, workdir, earlier.get("settled"))
-    total_steps = total_steps or data.total_steps()
-    agreement.check_same(lambda: alike.data(data, total_steps))
-    program = Program.build(settings.open_remat(start), checkpoint, mesh, total_steps)
-    chosen = settings.of_run(start, program, data.plan.layout, earlier.get("settled") or {})
-    agreement.check_same(lambda: alike.chosen(chosen))
-    data = data.with_micro_batches(chosen.micro_batches)
-    return checkpoint, data, settings.with_remat(program, chosen.remat), total_steps
 
 
 def _describe(source: str, cfg: ConfigDict, data: Data, program: Program, total_steps: int) -> None:

@@ -14,7 +14,7 @@ from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.errors import UsageError
 from llavamed_jax.parallel import agreement
 from llavamed_jax.parallel.mesh import make_mesh
-from llavamed_jax.training import alike, recipe, trainer
+from llavamed_jax.training import alike, inputs, recipe
 from llavamed_jax.training.rows import Data
 from llavamed_jax.training.settings import Settings
 from llavamed_jax.training.start import open_start
@@ -278,11 +278,11 @@ def test_what_each_process_chooses_by_its_memory_is_compared(cfg, tmp_path, monk
     meshes, chosen = [make_mesh("data=1"), make_mesh("fsdp=2")], [Settings("minimal", 1), Settings("full", 4)]
     found = []
     for k in range(2):
-        monkeypatch.setattr(trainer, "open_mesh", lambda *_, k=k: meshes[k if part == "mesh" else 0])
-        monkeypatch.setattr(trainer.settings, "of_run", lambda *_, k=k: chosen[k if part == "settings" else 0])
+        monkeypatch.setattr(inputs, "open_mesh", lambda *_, k=k: meshes[k if part == "mesh" else 0])
+        monkeypatch.setattr(inputs.settings, "of_run", lambda *_, k=k: chosen[k if part == "settings" else 0])
         values = {}
         monkeypatch.setattr(agreement, "check_same", lambda make, values=values: values.update(make()))
-        trainer._open_inputs(cfg, tmp_path / "run", 8, None, {})
+        inputs.open_inputs(cfg, tmp_path / "run", 8, None, {})
         found.append(values)
     monkeypatch.undo()
     threads = Threads(2)
