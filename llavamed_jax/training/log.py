@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
+from llavamed_jax.errors import UserError
 from llavamed_jax.training.workdir import cut_back
 from llavamed_jax.utils.files import is_at
 
@@ -75,20 +76,26 @@ class Board:
 class MetricsWriter:
     """Writes the metrics of a run that begins at `step`; removes what an interrupted run logged after that step.
 
+    A file that the disk refuses raises nothing: the trainer saves the run's state first, and then raises `failure`.
+
     Args:
       workdir: gets `metrics.jsonl`, `tensorboard/`, and `skipped.jsonl` if samples are skipped.
       step: updates done so far.
       total_steps: updates of the whole run.
       name: the run's name, at the start of each progress line.
       check: called if a log file was removed; raises if the whole workdir was.
+
+    Attributes:
+      failure: the error of the first file that could not be written; None if all could.
     """
 
     def __init__(self, workdir: Path, step: int, total_steps: int, name: str, check: Callable[[], None] = lambda: None):
         for log in ("metrics.jsonl", "skipped.jsonl"):
             cut_back(workdir / log, step)
+        self.failure: UserError | None = None
         self._skipped, self._path, self._check = workdir / "skipped.jsonl", workdir / "metrics.jsonl", check
-        self._file = open(self._path, "a", encoding="utf-8")
-        self._board = Board(workdir / "tensorboard", step)
+        self._file, self._folder = open(self._path, "a", encoding="utf-8"), workdir / "tensorboard"
+        self._board = Board(self._folder, step)
         self._total = total_steps
         self._name = name
         # A bar overwrites itself; outside a terminal it would be one endless line.
@@ -101,23 +108,37 @@ class MetricsWriter:
             self._bar.update(step - self._bar.n)
 
     def write(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        """Writes a line of `metrics.jsonl` and the same to TensorBoard; without a bar, also prints a line."""
-        self._find_again(step)
-        finite = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")  # JSON has no NaN: null
-        self._file.flush()
-        for key, value in finite.items():
-            if value is not None:
-                self._board.add(step, summary.scalar(key, value))
-        if self._bar is None or "loss" not in metrics:  # the bar shows the training loss itself
-            self.say(f"{self._name} {step}/{self._total} · " + " · ".join(_shown(metrics)))
-
-    def _find_again(self, step: int) -> None:
-        """Reopens log files that were removed, since writes to an unlinked file are lost.
+        """Writes a line of `metrics.jsonl` and the same to TensorBoard; without a bar, also prints a line.
 
         Raises:
           UserError: the workdir is gone (`check`).
         """
+        finite = {key: value if value is None or math.isfinite(value) else None for key, value in metrics.items()}
+        with self._noting(self._path):
+            self._find_again(step)
+            self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")  # JSON has no NaN: null
+            self._file.flush()
+        self._show(step, (summary.scalar(key, value) for key, value in finite.items() if value is not None))
+        if self._bar is None or "loss" not in metrics:  # the bar shows the training loss itself
+            self.say(f"{self._name} {step}/{self._total} · " + " · ".join(_shown(metrics)))
+
+    def _show(self, step: int, contents: Iterable[Summary]) -> None:
+        """Writes summaries of a step to TensorBoard."""
+        with self._noting(self._folder):
+            for content in contents:
+                self._board.add(step, content)
+
+    @contextlib.contextmanager
+    def _noting(self, path: Path) -> Iterator[None]:
+        """Notes the first error of the disk inside the block as `failure`, with the file's path."""
+        try:
+            yield
+        except OSError as error:
+            self.failure = self.failure or UserError(
+                f"{error.filename or path} cannot be written: {error.strerror or error}")
+
+    def _find_again(self, step: int) -> None:
+        """Reopens log files that were removed, since writes to an unlinked file are lost."""
         is_there, is_shown = is_at(self._file.fileno(), self._path), (
             self._board.path is None or self._board.path.exists())
         if is_there and is_shown:
@@ -126,14 +147,14 @@ class MetricsWriter:
         if not is_there:
             self.say(f"warning: {self._path} was removed; a new file begins at step {step}, and the earlier lines are "
                      "lost")
-            self._file.close()
-            self._file = open(self._path, "a", encoding="utf-8")
+            earlier, self._file = self._file, open(self._path, "a", encoding="utf-8")
+            earlier.close()
         if not is_shown:
             self.say(f"warning: {self._board.path} was removed; a new file begins at step {step}, and the earlier "
                      "values are lost")
+            earlier, self._board = self._board, Board(self._folder, step - 1)
             with contextlib.suppress(OSError):
-                self._board.close()
-            self._board = Board(self._path.parent / "tensorboard", step - 1)
+                earlier.close()
 
     def samples(self, step: int, samples: Iterable[Sample]) -> None:
         """Prints a line for each answer, and writes text and images to TensorBoard."""
@@ -142,14 +163,14 @@ class MetricsWriter:
                      f"{_one_line(sample.answer)} (wanted: {_one_line(sample.wanted)})")
             text = f"**Question** {sample.question}\n\n**Answer** {sample.answer}\n\n**Wanted** {sample.wanted}"
             text = text.encode("utf-8", "backslashreplace").decode()  # JSON can hold an unpaired surrogate
-            self._board.add(step, summary.text(f"samples/{i}", text))
-            for j, image in enumerate(sample.images):
-                self._board.add(step, summary.image(f"samples/{i}/image_{j}", image, dataformats="HWC"))
+            self._show(step, [summary.text(f"samples/{i}", text), *(
+                summary.image(f"samples/{i}/image_{j}", image, dataformats="HWC")
+                for j, image in enumerate(sample.images))])
 
     def skipped(self, step: int, entries: Iterable[Mapping]) -> None:
         """Appends a line to `skipped.jsonl` for each sample that an update skipped."""
         for entry in entries:
-            with open(self._skipped, "a", encoding="utf-8") as file:
+            with self._noting(self._skipped), open(self._skipped, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **entry}) + "\n")
 
     def say(self, text: str) -> None:
@@ -160,10 +181,12 @@ class MetricsWriter:
             self._bar.write(text)
 
     def close(self) -> None:
-        """Closes the files and the bar."""
-        with self._file, contextlib.closing(self._board):
-            if self._bar is not None:
-                self._bar.close()
+        """Closes the files and the bar. What does not reach the disk is a `failure`, too."""
+        for path, part in ((self._path, self._file), (self._folder, self._board)):
+            with self._noting(path):
+                part.close()
+        if self._bar is not None:
+            self._bar.close()
 
 
 def troubles(metrics: Mapping[str, float | int | None]) -> list[str]:
@@ -193,6 +216,8 @@ def _one_line(text: str, most: int = 160) -> str:
 
 class SilentLog:
     """Replaces `MetricsWriter` in all processes but the first; writes nothing."""
+
+    failure = None
 
     def advance(self, step: int, loss: float) -> None:
         """Does nothing."""

@@ -198,11 +198,16 @@ class MetricsReader:
         """Ends the run, and writes the ids of the samples whose updates were not finite to a file."""
         process = f".{jax.process_index()}" if jax.process_count() > 1 else ""
         path = self._workdir / f"not_finite{process}.json"
-        write_text(path, json.dumps([{"step": u.step, "ids": self._name_samples(u.position)}
-                                     for u in self._not_finite], indent=1) + "\n")
+        listed = f"the ids of their samples are in {path}"
+        try:
+            write_text(path, json.dumps([{"step": u.step, "ids": self._name_samples(u.position)}
+                                         for u in self._not_finite], indent=1) + "\n")
+        except (UserError, OSError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            listed = f"the ids of their samples could not be written to {path}: {reason}"
         raise UserError(f"{self._progress.skipped_in_a_row} updates in a row, up to step {self._not_finite[-1].step}, "
-                        f"had a loss, gradient or update that was not finite (nan_limit is {self._nan_limit}); the "
-                        f"ids of their samples are in {path}")
+                        f"had a loss, gradient or update that was not finite (nan_limit is {self._nan_limit}); "
+                        f"{listed}")
 
     def _check_something_is_learnt(self, update: Update, values: Mapping[str, float]) -> None:
         """Raises UserError if `nan_limit` updates had a gradient of 0 or did not move the parameters."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bo
                     store.StepWriter(workdir, place.note) as writer, within_memory(cfg, run.program):
                 distributed.when_stopped(None)  # from here on all processes stop at the same update
                 signals.enter(_LOOP)
-                agreed = StepAgreement(signals.is_asked, cfg.checkpoint.every_minutes, run.rows)
+                agreed = StepAgreement(lambda: signals.is_asked() or run.reason is not None,
+                                       cfg.checkpoint.every_minutes, run.rows)
                 return run.loop(agreed, writer, callbacks)
         except (UsageError, places.Lost, agreement.StartedOtherwise):
             raise
@@ -125,6 +127,7 @@ class Run:
       log: the run's log.
       record: which run this is and its base, for its steps; only in process 0, which writes them.
       progress: the run's counts.
+      failure: the first error beside the updates, as of an evaluator: the run saves its state, and ends with it.
     """
 
     cfg: ConfigDict
@@ -138,6 +141,7 @@ class Run:
     log: MetricsWriter
     record: Mapping
     progress: Progress = field(default_factory=Progress)
+    failure: UserError | OSError | None = None
 
     @classmethod
     def open(cls, cfg: ConfigDict, place: places.Place, total_steps: int | None, step: int | None,
@@ -178,9 +182,16 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         self.batches.close()
         self.log.close()
+        if kind is None and self.reason is not None:  # another error came first
+            raise self.reason
+
+    @property
+    def reason(self) -> UserError | OSError | None:
+        """The error with which the run ends after its state is saved; None if there is none."""
+        return self.failure or self.log.failure
 
     @property
     def rows(self) -> list[int]:
@@ -198,7 +209,25 @@ class Run:
 
         Returns:
           Whether the run is finished.
+
+        Raises:
+          UserError: the state could not be trained or saved; or it is saved, and something beside the updates failed: a
+            loader worker, a log file, the validation or the sample answers.
         """
+        try:
+            self._train(agreed, writer, callbacks)
+        except places.Lost:
+            raise
+        except (UserError, OSError) as error:
+            if self.reason is None:
+                raise
+            self.log.say(f"warning: step {self.step} is not saved: {error}")
+        if self.reason is not None:
+            raise self.reason
+        return self._end()
+
+    def _train(self, agreed: StepAgreement, writer: store.StepWriter, callbacks: Callbacks) -> None:
+        """Trains and saves, as `loop` says."""
         train_step, eval_step = self._compiled()
         reader = self._reader(agreed)
         saver = Saver(writer, self.place, self.cfg.checkpoint, self.progress, self.log.say, self.step)
@@ -212,29 +241,41 @@ class Run:
                     self._update(train_step, reader)
                     profiler.after(self.step, reader.drain)
                     if has_samples and self._is_due(self.cfg.samples_every):
-                        with reader.paused():
+                        with reader.paused(), self._aside():
                             self._show_answers(callbacks.sampler, agreed)
                     is_due = self._is_due(self.cfg.checkpoint.every_steps)
                     if is_due or agreed.is_save_due:
                         with reader.paused():
                             self._check_something_was_trained()
                             if is_due:
-                                self._validate(eval_step, callbacks, agreed)
+                                with self._aside():
+                                    self._validate(eval_step, callbacks, agreed)
                             saver.save(self.state, self._meta())
                         agreed.saved()
             except signals.Stopped as stopped:  # the awaited batch is dropped
                 self.log.say(str(stopped))
-            except WorkerError:
-                if jax.process_count() == 1 and self.step != saver.saved:
-                    reader.drain()
-                    saver.save(self.state, self._meta())
-                    saver.wait()
-                raise
+            except WorkerError as error:
+                self._note(error)
         if self.step != saver.saved:
             reader.drain()
             saver.save(self.state, self._meta())
         saver.finish(self.state, self._meta())
-        return self._end()
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Lets the run save its state before an error inside the block, which changes no state, ends it."""
+        try:
+            yield
+        except places.Lost:
+            raise
+        except (UserError, OSError) as error:
+            self._note(error)
+
+    def _note(self, error: UserError | OSError) -> None:
+        """Notes an error as the run's failure. With several processes it is raised: the others may not have it."""
+        if jax.process_count() > 1:
+            raise error
+        self.failure = self.failure or error
 
     def _compiled(self):
         """Returns the functions of an update and of a validation batch, which compile on their first call."""
