@@ -36,20 +36,27 @@ class Saver:
                  say: Callable[[str], None], step: int):
         self._writer, self._place, self._keep, self._progress, self._say = writer, place, keep, progress, say
         self.saved = step
-        self._is_unsaved = False  # whether the last save was removed; two in a row end the run
+        self._is_unsaved = False  # whether the last save failed or was removed; two in a row end the run
 
     def save(self, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Saves a step, after checking that the step before is saved and that the workdir is the run's own.
 
+        If the step before could not be written, a warning says why, and this one gets a try: what had filled the disk
+        may be gone.
+
         Args:
           state: copied before this returns.
           meta: what the step records; `step` is its number.
+
+        Raises:
+          UserError: this step does not fit on the disk, or two saves in a row could not be written; with several
+            processes, one.
         """
         self._is_saved()
         self._write(state, meta)
 
     def finish(self, state: TrainState, meta: Mapping[str, Any]) -> None:
-        """Waits for the newest step, saves it again if somebody has removed it, and deletes old steps.
+        """Waits for the newest step, saves it again if it failed or somebody has removed it, and deletes old steps.
 
         In a bucket the step has to be there, too.
 
@@ -58,7 +65,7 @@ class Saver:
           meta: what the step records; `step` is its number.
 
         Raises:
-          UserError: the step was removed twice, or the bucket lacks it.
+          UserError: the step could not be written twice, was removed twice, or the bucket lacks it.
         """
         if not self._is_saved():  # the state is still in memory
             self._write(state, meta)
@@ -83,21 +90,23 @@ class Saver:
 
         Raises:
           Lost: the workdir no longer belongs to the run.
+          UserError: the save before the last one had failed, too; with several processes, which may not all know of a
+            failure, the last one failed.
         """
-        removed = ""
+        failed = ""
         try:
             self._writer.wait()
-        except store.Unsaved as error:
+        except UserError as error:
             if jax.process_count() > 1 or self._is_unsaved:
                 raise
-            removed = str(error)
-        self._is_unsaved = bool(removed)
+            failed = str(error)
+        self._is_unsaved = bool(failed)
         workdir = self._place.workdir
 
         def look() -> str:
             self._place.check()
-            if not self.saved or removed or self._writer.is_there(self.saved):
-                return removed
+            if not self.saved or failed or self._writer.is_there(self.saved):
+                return failed
             return f"{workdir}/checkpoints/{self.saved} was removed after it was saved and is lost"
 
         if sentence := distributed.from_first(look):

@@ -15,10 +15,12 @@ import pytest
 
 from llavamed_jax.checkpoints.tree import store
 from llavamed_jax.checkpoints.tree.store import newest_intact_step, steps
+from llavamed_jax.errors import UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import place as places
 from llavamed_jax.training import program, trainer
 from llavamed_jax.training.place import Lost
+from llavamed_jax.training.saver import Saver
 from llavamed_jax.training.trainer import fit
 from tests.support import training_runs as runs
 from tests.support import xla
@@ -316,15 +318,54 @@ def test_a_command_whose_workdir_is_gone_exits_1(recipe, tmp_path):
     assert wrong.splitlines()[-1].startswith(f"error: the workdir {work} was removed or moved during the run, together with the saved steps"), wrong
 
 
-def test_saves_that_come_to_nothing_twice_in_a_row_end_the_run(recipe, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error, reason", [(TypeError("a fault of ours"), "TypeError: a fault of ours"),
+                                           (OSError(errno.ENOSPC, "No space left on device"), "No space left on device")])
+def test_saves_that_come_to_nothing_twice_in_a_row_end_the_run(recipe, tmp_path, monkeypatch, capsys, error, reason):
     """One is a warning and the next save makes up for it; a fault that stays must not cost the whole run."""
-    work = tmp_path / "run"
+    work, tries = tmp_path / "run", []
 
     def fail(directory):
-        raise TypeError("a fault of ours")
+        tries.append(directory.name)
+        raise error
     monkeypatch.setattr(store, "_write_manifest", fail)
-    sentence = f"^{work}/checkpoints/6 could not be written: TypeError: a fault of ours; no step had been saved$"
-    with pytest.raises(ValueError, match=sentence):
-        fit(recipe(), work)
+    with pytest.raises(ValueError, match=f"^{work}/checkpoints/6 could not be written: {reason}; no step had been saved$"):
+        fit(recipe(total_steps=20), work)
     said = capsys.readouterr().out
-    assert said.count("warning: ") == 2 and f"warning: {work}/checkpoints/3 could not be written: TypeError: a fault of ours" in said
+    assert said.count("warning: ") == 2 and f"warning: {work}/checkpoints/3 could not be written: {reason}; the rem" in said
+    assert tries == ["3", "6"]
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_disk_that_is_full_for_a_while_costs_one_save(recipe, tmp_path, monkeypatch, capsys, step):
+    """The next save makes up for it, and after the last step the same one."""
+    work, write, tries = tmp_path / "run", store._write_manifest, []
+
+    def full_once(directory):
+        tries.append(int(directory.name))
+        if tries.count(step) == 1 == len([number for number in tries if number >= step]):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(directory)
+    monkeypatch.setattr(store, "_write_manifest", full_once)
+    assert fit(recipe(), work) and newest_intact_step(work)[0] == 8
+    assert tries == ([3, 6, 8] if step == 3 else [3, 6, 8, 8])
+    said = capsys.readouterr().out
+    assert said.count("could not be written") == 1 and f"warning: {work}/checkpoints/{step} could not be written: No space" in said
+
+
+def test_a_save_that_fails_while_the_run_ends_does_not_hide_why(recipe, tmp_path, monkeypatch):
+    def full(directory):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(store, "_write_manifest", full)
+    monkeypatch.setattr(trainer, "make_train_step", FakeStep(lambda step: step > 3))
+    with pytest.raises(UserError, match="^2 updates in a row, up to step 5, .* not finite"):
+        fit(recipe(nan_limit=2), tmp_path / "run")
+
+
+def test_of_several_processes_a_failed_save_ends_all(recipe, monkeypatch):
+    """They save together, and the others may not know of it."""
+    class Full:
+        def wait(self):
+            raise UserError("the disk is full")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="^the disk is full$"):
+        Saver(Full(), None, None, None, None, 3).save(None, {"step": 6})

@@ -78,8 +78,9 @@ class StepWriter:
     def __enter__(self) -> "StepWriter":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_) -> None:
+        with contextlib.suppress(*[] if kind is None else [UserError]):  # another error came first
+            self.close()
 
     def save(self, step: int, trained: Mapping[str, jax.Array], optimizer_state: Any, meta: dict) -> None:
         """Saves a step; replaces a damaged one of the same number, and makes `checkpoints/` again if it was removed.
