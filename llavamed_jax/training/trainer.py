@@ -107,8 +107,13 @@ def _with_what_is_saved(error: UserError | OSError, place: places.Place) -> User
         what = f"{error.filename or workdir} cannot be read or written: {error.strerror or error}"
     if distributed.process_index():
         return UserError(what)
-    place.check()  # if the workdir is gone, that is the reason
-    return UserError(f"{what}; {place.what_is_saved()}")
+    try:
+        place.check()  # if the workdir is gone, that is the reason
+        return UserError(f"{what}; {place.what_is_saved()}")
+    except places.Lost:
+        raise
+    except (UserError, OSError):  # what is saved cannot be read either
+        return UserError(what)
 
 
 @dataclass

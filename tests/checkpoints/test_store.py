@@ -1,5 +1,6 @@
 """The own tree: what is saved comes back to the bit, sharded as asked, and a step that is not whole is never taken for one."""
 
+import errno
 import json
 import os
 import resource
@@ -254,6 +255,33 @@ def test_what_else_may_be_wrong_with_a_step(spoil, sentence, workdir, trained):
     with pytest.raises(UserError, match=sentence):
         open_checkpoint(workdir)
     assert store.newest_intact_step(workdir)[0] is None
+
+
+@pytest.mark.parametrize("number, code", [(errno.EACCES, "Permission denied"), (errno.EIO, "Input/output error")])
+@pytest.mark.parametrize("what", ["stat", "open"])
+@pytest.mark.parametrize("where", ["manifest.json", "params/"])
+def test_a_step_that_cannot_be_read_is_passed_over(workdir, trained, monkeypatch, where, what, number, code):
+    """The directory may not be entered, or the disk fails."""
+    save(workdir, [5, 10], trained)
+
+    def refusing(real):
+        def act(path, *args, **kwargs):
+            if f"checkpoints/10/{where}" in str(path):
+                raise OSError(number, code, str(path))
+            return real(path, *args, **kwargs)
+        return act
+    owner, name = {"stat": (Path, "is_file"), "open": (os, "open")}[what]
+    monkeypatch.setattr(owner, name, refusing(getattr(owner, name)))
+    step, (sentence,) = store.newest_intact_step(workdir)
+    assert step == 5 and sentence.startswith(f"{workdir}/checkpoints/10") and sentence.endswith(f"cannot be read: {code}")
+
+
+def test_a_name_that_no_file_can_have_is_a_damaged_manifest(workdir, trained):
+    save(workdir, [5, 10], trained)
+    manifest = workdir / "checkpoints" / "10" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "params/" + "x" * 300: "0"}))
+    step, (sentence,) = store.newest_intact_step(workdir)
+    assert step == 5 and sentence == f"{workdir}/checkpoints/10 cannot be read: File name too long"
 
 
 def test_a_damaged_step_is_replaced_by_saving_it_again(workdir, trained):

@@ -1,6 +1,7 @@
 """What fails beside the updates ends a run, but not before its state is saved, and the first reason is what the user reads."""
 
 import errno
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -108,3 +109,11 @@ def test_of_several_processes_one_that_fails_alone_does_not_save(monkeypatch):
     with pytest.raises(UserError, match="^here$"), run._aside():
         raise UserError("here")
     assert run.failure is None
+
+
+@pytest.mark.parametrize("error", [UserError("the bucket is gone"), PermissionError(errno.EACCES, "Permission denied")])
+def test_the_reason_is_read_where_nobody_can_say_what_is_saved(error):
+    def refuse():
+        raise error
+    place = SimpleNamespace(workdir="/run", check=lambda: None, what_is_saved=refuse)
+    assert str(trainer._with_what_is_saved(FULL, place)) == "/run cannot be read or written: No space left on device"

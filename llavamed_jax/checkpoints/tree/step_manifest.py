@@ -22,18 +22,25 @@ def write(directory: Path) -> None:
 
 
 def damage(directory: Path, part: str = "") -> str | None:
-    """Says in a sentence why a step is damaged; None if it is intact.
+    """Says in a sentence why a step is damaged or cannot be read; None if it is intact.
 
     Args:
       directory: the step's directory.
       part: checks only this part of the step (`params`); "" checks everything.
     """
-    if not (directory / MANIFEST).is_file():
-        return f"{directory} has no {MANIFEST}: {INTERRUPTED}"
     try:
-        manifest = read_json(directory / MANIFEST)
+        return _damage(directory, part)
     except UserError as error:
         return str(error)
+    except OSError as error:  # no permission, a failing disk, a name in the manifest that no file can have
+        return f"{directory} cannot be read: {error.strerror or error}"
+
+
+def _damage(directory: Path, part: str) -> str | None:
+    """Returns what `damage` says, except of a step that cannot be read, for which it raises UserError or OSError."""
+    if not (directory / MANIFEST).is_file():
+        return f"{directory} has no {MANIFEST}: {INTERRUPTED}"
+    manifest = read_json(directory / MANIFEST)
     for needed in (part,) if part else ("params", "optimizer", "state"):
         if not any(file.startswith(f"{needed}/") for file in manifest):
             return f"{directory} is damaged: its {MANIFEST} names no file of {needed}/"
@@ -41,10 +48,7 @@ def damage(directory: Path, part: str = "") -> str | None:
     absent = [file for file in wanted if not (directory / file).is_file()]
     if absent:
         return f"{directory} lacks {absent[0]}, which its {MANIFEST} names"
-    try:
-        found = _hashes(directory, list(wanted))
-    except OSError as error:
-        return f"{directory} cannot be read: {error.strerror or error}"
+    found = _hashes(directory, list(wanted))
     changed = [file for file in wanted if found[file] != wanted[file]]
     return f"{directory} is damaged: {changed[0]} has another sha256 than its {MANIFEST} says" if changed else None
 
