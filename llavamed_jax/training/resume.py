@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
-from llavamed_jax.checkpoints.tree import base, store
+from llavamed_jax.checkpoints.tree import base, folder, store
 from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.errors import UserError, some
 from llavamed_jax.models.stacking import unstack
@@ -23,6 +24,7 @@ from llavamed_jax.training.rows import Data
 from llavamed_jax.training.state import TrainState
 from llavamed_jax.utils import signals
 from llavamed_jax.utils.buckets import is_local_copy
+from llavamed_jax.utils.files import read_bytes, recover_jsonl
 
 _RENAMED = {"seen": "samples_read"}  # counts of earlier versions -> present name
 
@@ -35,7 +37,7 @@ def find(workdir: Path, cfg: ConfigDict) -> tuple[dict, int | None]:
 
     Raises:
       UsageError: the recipe differs from the run's in a key that may not change.
-      UserError: the workdir's steps are damaged, or belong to another run.
+      UserError: the workdir's steps are damaged, cannot be reached, or belong to another run.
     """
     step = _newest_step(workdir)
     if step is None:  # no recipe owns the workdir yet: the recipe may be corrected before the first step
@@ -55,14 +57,48 @@ def find(workdir: Path, cfg: ConfigDict) -> tuple[dict, int | None]:
 
 def _newest_step(workdir: Path) -> int | None:
     """Returns the step to resume from, None to begin; prints damaged steps. A run with steps never begins anew."""
+    folder.check(workdir)
     step, damaged = store.newest_intact_step(workdir)
     if step is None and (len(damaged) > 1 or store.has_sealed(workdir)):
         raise UserError(f"{workdir} has no intact step to resume from: {some(damaged, separator='; ')}; delete its "
                         "checkpoints/ to start from the beginning, or name another workdir")
+    if step is None and not damaged:
+        _say_what_is_lost(workdir)
     for sentence in damaged:
         print(f"{sentence}; {'the run starts from the beginning' if step is None else 'this step is skipped'}",
               flush=True)
     return step
+
+
+def _say_what_is_lost(workdir: Path) -> None:
+    """Says that a run without steps starts from the beginning, if it had begun.
+
+    Raises:
+      UserError: the run has saved steps, so they must be elsewhere, as on a disk that is not mounted. The save after a
+        step waits for this step, so a log that has gone beyond that save shows it.
+    """
+    log = workdir / "metrics.jsonl"
+    with contextlib.suppress(FileNotFoundError):
+        lines = recover_jsonl(read_bytes(log).decode("utf-8", errors="replace"))
+        reached = max((line["step"] for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)),
+                      default=0)
+        if not reached:
+            return
+        if 0 < 2 * _every_steps(workdir) < reached and (workdir / "checkpoints").is_dir():
+            raise UserError(f"{workdir}/checkpoints has no step, but {log} has reached update {reached}, before which "
+                            "steps were saved; mount the disk that has them, or remove the directory "
+                            f"{workdir}/checkpoints to start from the beginning")
+        print(f"{workdir} has no step: the run starts from the beginning, and so does its metrics.jsonl, which had "
+              f"reached update {reached}", flush=True)
+
+
+def _every_steps(workdir: Path) -> int:
+    """Returns `checkpoint.every_steps` of the run that was last in a workdir; 0 if that is not known."""
+    try:
+        every = workdirs.read_record(workdir)["recipe"].get("checkpoint.every_steps")
+    except UserError:
+        return 0
+    return every if isinstance(every, int) else 0
 
 
 def begin(workdir: Path, cfg: ConfigDict, checkpoint: Checkpoint, program: Program, data: Data, total_steps: int,

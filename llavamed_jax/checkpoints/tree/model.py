@@ -21,7 +21,7 @@ from llavamed_jax.checkpoints.preprocessor_file import make_equal
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.layout import match
 from llavamed_jax.checkpoints.torch.write import Progress, total_bytes
-from llavamed_jax.checkpoints.tree import holding, reference
+from llavamed_jax.checkpoints.tree import folder, holding, reference
 from llavamed_jax.checkpoints.tree.base import check_fingerprints, read_base, write_base
 from llavamed_jax.checkpoints.tree.holding import Hold, StepGone, reading
 from llavamed_jax.checkpoints.tree.step_manifest import INTERRUPTED
@@ -78,7 +78,8 @@ def open_tree(path: str | Path) -> Checkpoint:
     The step is held as long as its tensors may be read (`holding`), since a running job deletes old steps.
 
     Raises:
-      UserError: tensors are missing, unexpected or misshapen; the given step is not intact.
+      UserError: tensors are missing, unexpected or misshapen; the given step is not intact; the steps cannot be
+        reached.
     """
     path = Path(path)
     for _ in range(TRIES - 1):
@@ -90,6 +91,7 @@ def open_tree(path: str | Path) -> Checkpoint:
 def _open_tree(path: Path) -> Checkpoint:
     root, config = tree_root(path), tree_config(path)
     if root == path:
+        folder.check(root)
         step, held, damaged = hold_newest(root, "params")
     else:
         step, damaged = int(path.name) if path.name.isdigit() and path.is_dir() else None, []
