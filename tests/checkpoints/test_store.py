@@ -329,6 +329,43 @@ def test_a_killed_save_never_looks_intact(moment, tmp_path):
     assert store.newest_intact_step(tmp_path) == (2, [])
 
 
+def test_names_beside_a_step_are_not_taken_for_its_save(workdir, trained, monkeypatch):
+    """`1.bak` of a user: in whatever order the file system lists the directory."""
+    glob = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(sorted(glob(self, pattern))))
+    for name in ("1.bak", "1.a", "1.z"):
+        (workdir / "checkpoints" / name).mkdir(parents=True)
+    save(workdir, [1], trained)
+    assert store.newest_intact_step(workdir) == (1, [])
+
+
+@pytest.mark.parametrize("make", [
+    lambda path, other: path.write_text("x"),
+    lambda path, other: path.symlink_to(other),
+    lambda path, other: path.symlink_to(other / "nowhere"),
+    lambda path, other: (path / "params").mkdir(parents=True),
+], ids=["file", "link", "dangling link", "directory"])
+def test_whatever_has_the_name_of_an_interrupted_save_is_no_hindrance(make, workdir, trained, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "mine").write_text("x")
+    (workdir / "checkpoints").mkdir()
+    make(leftover := workdir / "checkpoints" / "1.orbax-checkpoint-tmp", other)
+    save(workdir, [1], trained)
+    assert not os.path.lexists(leftover) and (other / "mine").exists() and store.newest_intact_step(workdir) == (1, [])
+
+
+def test_a_leftover_that_cannot_be_deleted_is_said(workdir, trained, monkeypatch, capsys):
+    (workdir / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir(parents=True)
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(store.shutil, "rmtree", refuse)
+    save(workdir, [1], trained)
+    assert f"warning: {workdir}/checkpoints/9.orbax-checkpoint-tmp, which a killed save left, cannot be deleted: Permission denied\n" in capsys.readouterr().err
+    assert store.newest_intact_step(workdir) == (1, [])
+
+
 def test_keep_deletes_the_old(workdir, trained):
     with store.StepWriter(workdir) as writer:
         for step in (1, 2, 3, 4):

@@ -30,7 +30,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch.layout import match
-from llavamed_jax.checkpoints.tree import holding
+from llavamed_jax.checkpoints.tree import folder, holding
 from llavamed_jax.checkpoints.tree.holding import Hold, reading
 from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST
 from llavamed_jax.checkpoints.tree.step_manifest import damage as _damage
@@ -72,8 +72,7 @@ class StepWriter:
         self._sealing: Future | None = None
         if jax.process_index() == 0:
             self._root.mkdir(parents=True, exist_ok=True)
-            for leftover in self._root.glob("*.orbax-checkpoint-tmp*"):  # from a killed save; as large as a step
-                shutil.rmtree(leftover)
+            folder.clear(workdir)
 
     def __enter__(self) -> "StepWriter":
         return self
@@ -183,9 +182,14 @@ def _writing(directory: Path) -> Iterator[None]:
         raise kind(f"{directory} could not be written: {holding.reason(error)}") from error
 
 
+def _partial(directory: Path) -> list[Path]:
+    """Returns the directory that a step has as long as Orbax writes it; without one, an empty list."""
+    return list(directory.parent.glob(f"{directory.name}{folder.PARTIAL}*"))
+
+
 def _open_written(directory: Path) -> int:
     """Opens the directory that a save writes to, which gets the step's name when everything is written."""
-    for path in [*directory.parent.glob(f"{directory.name}.*"), directory]:
+    for path in [*_partial(directory), directory]:
         with contextlib.suppress(FileNotFoundError):
             return os.open(path, os.O_RDONLY)
     raise Unsaved(_REMOVED.format(directory))
