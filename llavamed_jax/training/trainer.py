@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from llavamed_jax.checkpoints.tree import base, store
+from llavamed_jax.checkpoints.tree import base, folder, store
 from llavamed_jax.errors import UsageError, UserError, count_of
 from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.parallel.mesh import local_rows
@@ -74,6 +74,8 @@ def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bo
         if step is not None and total_steps is not None and step >= total_steps:
             _say_it_is_finished(place, step, total_steps)
             return True
+        if not distributed.process_index():
+            folder.clear(workdir)  # before anything is written: the disk may be full of it
         place.sign()
         cfg = workdirs.as_started(cfg, record["recipe"]) if step is not None else cfg
         try:

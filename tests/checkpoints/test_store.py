@@ -133,6 +133,26 @@ def test_a_failure_in_the_background_is_raised_by_wait(workdir, trained, monkeyp
     writer.save(1, trained, optimizer().init(trained), META)
     with pytest.raises(UserError, match=f"{workdir}/checkpoints/1 could not be written: the disk is full"):
         writer.close()
+    assert not list((workdir / "checkpoints").iterdir()), "what was written of it fills the disk"
+
+
+def test_what_fails_after_a_step_is_whole_leaves_the_step(workdir, trained):
+    def fail(step):
+        raise OSError("the disk is full")
+    writer = store.StepWriter(workdir, on_saved=fail)
+    writer.save(1, trained, optimizer().init(trained), META)
+    with pytest.raises(UserError, match="the disk is full"):
+        writer.close()
+    assert store.newest_intact_step(workdir) == (1, [])
+
+
+def test_a_killed_save_makes_room_for_the_same_step(workdir, trained, monkeypatch):
+    """Without its manifest the step is worth nothing, and it may be what fills the disk."""
+    save(workdir, [1, 2], trained)
+    (left := workdir / "checkpoints" / "2" / "manifest.json").unlink()
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if left.parent.exists() else 1 << 30))
+    save(workdir, [2], trained)
+    assert store.newest_intact_step(workdir) == (2, [])
 
 
 def test_a_step_that_the_disk_has_no_room_for_is_refused_before_it_is_begun(workdir, trained, monkeypatch):
@@ -166,6 +186,7 @@ def test_a_disk_that_fills_up_in_a_save_is_one_sentence(workdir, source, monkeyp
         signal.signal(signal.SIGXFSZ, handler)
     said = capfd.readouterr().err
     assert "ERROR" not in said and "exception" not in said and not unseen and store.newest_intact_step(workdir)[0] is None
+    assert not list((workdir / "checkpoints").iterdir()), "what was written of it fills the disk"
 
 
 def test_a_tree_is_base_and_newest_step(workdir, source, trained):

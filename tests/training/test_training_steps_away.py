@@ -9,6 +9,7 @@ import pytest
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.tree.store import newest_intact_step
 from llavamed_jax.errors import UserError
+from llavamed_jax.training import place as places
 from llavamed_jax.training import trainer
 from llavamed_jax.training.trainer import fit
 from tests.support.training_runs import FakeStep, log_lines
@@ -75,3 +76,15 @@ def test_a_run_whose_checkpoints_were_removed_begins_anew_even_after_a_failure(r
         fit(recipe(init=tmp_path / "nowhere"), work)
     assert fit(recipe(), work) and newest_intact_step(work) == (8, [])
     assert capsys.readouterr().out.count(f"{work} has no step: the run starts from the beginning") == 2
+
+
+@pytest.mark.parametrize("total_steps", [8, 9])
+def test_what_a_killed_save_left_goes_before_anything_is_written(recipe, saved, tmp_path, monkeypatch, total_steps):
+    """The disk may be full of it. A finished run changes nothing."""
+    shutil.copytree(saved, work := tmp_path / "run")
+    (leftover := work / "checkpoints" / "9.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    sign = places.Place.sign
+    monkeypatch.setattr(places.Place, "sign", lambda self: (sign(self), gone.append(not leftover.parent.exists())))
+    gone = []
+    assert fit(recipe(total_steps=total_steps), work)
+    assert gone[:1] == ([] if total_steps == 8 else [True]) and leftover.exists() == (total_steps == 8)

@@ -102,18 +102,22 @@ class StepWriter:
         with _writing(directory):
             if jax.process_index() == 0:
                 self._root.mkdir(exist_ok=True)
+                if not (directory / MANIFEST).exists():  # of a killed save: Orbax would delete it, if it had room
+                    shutil.rmtree(directory, ignore_errors=True)
             free = shutil.disk_usage(self._root).free
             if free < size:
                 raise UserError(f"{directory} needs {amount(size)}; its disk has {amount(free)} free")
-            self._checkpointer.save(directory, force=True, args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(tree), optimizer=ocp.args.PyTreeSave(optimizer_state),
-                state=ocp.args.JsonSave(meta)))
+            with _deleted_if_failed(directory):
+                self._checkpointer.save(directory, force=True, args=ocp.args.Composite(
+                    params=ocp.args.PyTreeSave(tree), optimizer=ocp.args.PyTreeSave(optimizer_state),
+                    state=ocp.args.JsonSave(meta)))
             written = _open_written(directory)
         self._sealing = self._thread.submit(self._seal, written, directory, set(trained))
 
     def _seal(self, written: int, directory: Path, wanted: set[str]) -> None:
         with contextlib.ExitStack() as stack, _writing(directory):
             stack.callback(os.close, written)
+            stack.enter_context(_deleted_if_failed(directory, written))
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
                 if not is_at(written, directory):
@@ -180,6 +184,25 @@ def _writing(directory: Path) -> Iterator[None]:
             raise Unsaved(_REMOVED.format(directory)) from error
         kind = UserError if holding.is_refusal(error) else Unsaved
         raise kind(f"{directory} could not be written: {holding.reason(error)}") from error
+
+
+@contextlib.contextmanager
+def _deleted_if_failed(directory: Path, written: int | None = None) -> Iterator[None]:
+    """Deletes what a save that fails inside the block has written, which may fill the disk.
+
+    Args:
+      directory: the step.
+      written: a descriptor of the directory that the save writes to; another directory at its path is left alone.
+    """
+    try:
+        yield
+    except Exception:
+        if jax.process_index() == 0:
+            for path in [*_partial(directory), directory]:
+                with contextlib.suppress(OSError):
+                    if not (path / MANIFEST).exists() and (written is None or is_at(written, path)):
+                        shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def _partial(directory: Path) -> list[Path]:
