@@ -2,7 +2,10 @@
 
 import errno
 import fcntl
+import os
+import shutil
 import threading
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -150,6 +153,51 @@ def test_a_step_that_is_being_deleted_is_not_opened(workdir, save):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert holding.hold(directory) is None
     assert holding.hold(directory) is not None
+
+
+@pytest.mark.parametrize("call, code, left", [("open", errno.EACCES, True), ("open", errno.EROFS, True), ("unlink", errno.EPERM, True),
+                                              ("rmtree", errno.ENOTEMPTY, False)])
+def test_an_old_step_that_cannot_be_deleted_is_said_once_and_saving_goes_on(workdir, save, monkeypatch, capsys, call, code, left):
+    """Write-protected by the user, or busy on NFS. What is half deleted is deleted once that works."""
+    save(1)
+    directory = workdir / "checkpoints" / "1"
+    place, path = {"open": (os, directory / "manifest.json"), "unlink": (Path, directory / "manifest.json"), "rmtree": (shutil, directory)}[call]
+    original = getattr(place, call)
+
+    def refuse(name, *args, **kwargs):
+        if name == path and (call != "open" or args[0] & os.O_RDWR):
+            raise OSError(code, os.strerror(code), str(name))
+        return original(name, *args, **kwargs)
+    monkeypatch.setattr(place, call, refuse)
+    assert save(2) == [] and save(3) == [] and store.steps(workdir) == [1, 3]
+    assert (directory / "manifest.json").exists() == left
+    assert capsys.readouterr().err.count(f"warning: {directory} cannot be deleted and stays: {os.strerror(code)}\n") == 1
+    monkeypatch.undo()
+    assert save(4) == [] and store.steps(workdir) == [4]
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_of_a_step_that_is_a_link_the_link_is_deleted(workdir, save, tmp_path, capsys, has_manifest):
+    """A user has moved it to another disk: that copy is not the run's."""
+    save(1)
+    directory = workdir / "checkpoints" / "1"
+    directory.rename(away := tmp_path / "away")
+    directory.symlink_to(away)
+    if not has_manifest:
+        (away / "manifest.json").unlink()
+    before = sorted(away.rglob("*"))
+    assert save(2) == [] and store.steps(workdir) == [2] and sorted(away.rglob("*")) == before
+    assert f"warning: {directory} was a link, and only the link is deleted: {away} stays\n" in capsys.readouterr().err
+
+
+def test_a_linked_step_that_is_read_stays(workdir, save, tmp_path):
+    save(1)
+    directory = workdir / "checkpoints" / "1"
+    directory.rename(tmp_path / "away")
+    directory.symlink_to(tmp_path / "away")
+    checkpoint = open_checkpoint(workdir)
+    assert save(2) == [1] and directory.is_symlink()
+    assert_is(checkpoint, 1)
 
 
 @pytest.mark.parametrize("part, read", [

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 
 from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST
-from llavamed_jax.errors import UserError, cut
+from llavamed_jax.errors import UserError, cut, warn_once
 from llavamed_jax.utils import locks
 
 
@@ -49,20 +49,30 @@ def hold(directory: Path) -> Hold | None:
 
 
 def delete(directory: Path) -> bool:
-    """Deletes a sealed step; returns False if a reader holds it, so that it stays.
+    """Deletes a step; returns False if a reader holds it, so that it stays.
 
-    The manifest is deleted first, so that a half-deleted step never looks intact.
+    The manifest is deleted first, so that a half-deleted step never looks intact. Of a link the link is deleted, and
+    what it leads to stays. A step that cannot be deleted gives a warning: a run does not end for an old step.
     """
-    with contextlib.suppress(FileNotFoundError):  # another process deleted it first
-        descriptor = os.open(directory / MANIFEST, os.O_RDWR)  # for an exclusive lock NFS needs write access
-        if locks.lock(descriptor) is False:
-            os.close(descriptor)
-            return False
-        try:
-            (directory / MANIFEST).unlink()
-        finally:
-            os.close(descriptor)  # before rmtree: NFS keeps an open file under another name in the directory
-        shutil.rmtree(directory)
+    target = os.readlink(directory) if directory.is_symlink() else None
+    try:
+        with contextlib.suppress(FileNotFoundError):  # another process deleted it, or was killed before it had
+            descriptor = os.open(directory / MANIFEST, os.O_RDWR)  # for an exclusive lock NFS needs write access
+            try:
+                if locks.lock(descriptor) is False:
+                    return False
+                if target is None:
+                    (directory / MANIFEST).unlink()
+            finally:
+                os.close(descriptor)  # before rmtree: NFS keeps an open file under another name in the directory
+        with contextlib.suppress(FileNotFoundError):
+            if target is None:
+                shutil.rmtree(directory)
+            else:
+                directory.unlink()
+                warn_once(f"{directory} was a link, and only the link is deleted: {target} stays")
+    except OSError as error:
+        warn_once(f"{directory} cannot be deleted and stays: {error.strerror or error}")
     return True
 
 
