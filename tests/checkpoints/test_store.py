@@ -136,25 +136,6 @@ def test_a_failure_in_the_background_is_raised_by_wait(workdir, trained, monkeyp
     assert not list((workdir / "checkpoints").iterdir()), "what was written of it fills the disk"
 
 
-def test_what_fails_after_a_step_is_whole_leaves_the_step(workdir, trained):
-    def fail(step):
-        raise OSError("the disk is full")
-    writer = store.StepWriter(workdir, on_saved=fail)
-    writer.save(1, trained, optimizer().init(trained), META)
-    with pytest.raises(UserError, match="the disk is full"):
-        writer.close()
-    assert store.newest_intact_step(workdir) == (1, [])
-
-
-def test_a_killed_save_makes_room_for_the_same_step(workdir, trained, monkeypatch):
-    """Without its manifest the step is worth nothing, and it may be what fills the disk."""
-    save(workdir, [1, 2], trained)
-    (left := workdir / "checkpoints" / "2" / "manifest.json").unlink()
-    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if left.parent.exists() else 1 << 30))
-    save(workdir, [2], trained)
-    assert store.newest_intact_step(workdir) == (2, [])
-
-
 def test_a_step_that_the_disk_has_no_room_for_is_refused_before_it_is_begun(workdir, trained, monkeypatch):
     size = sum(x.nbytes for x in jax.tree.leaves((trained, optimizer().init(trained))))
     free = size
@@ -348,43 +329,6 @@ def test_a_killed_save_never_looks_intact(moment, tmp_path):
         assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) in ([".sealed", "1"], [".sealed", "1", "2"])
         writer.save(2, {"decoder/norm/scale": jnp.ones(8)}, {"mu": jnp.ones(8)}, {})
     assert store.newest_intact_step(tmp_path) == (2, [])
-
-
-def test_names_beside_a_step_are_not_taken_for_its_save(workdir, trained, monkeypatch):
-    """`1.bak` of a user: in whatever order the file system lists the directory."""
-    glob = Path.glob
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(sorted(glob(self, pattern))))
-    for name in ("1.bak", "1.a", "1.z"):
-        (workdir / "checkpoints" / name).mkdir(parents=True)
-    save(workdir, [1], trained)
-    assert store.newest_intact_step(workdir) == (1, [])
-
-
-@pytest.mark.parametrize("make", [
-    lambda path, other: path.write_text("x"),
-    lambda path, other: path.symlink_to(other),
-    lambda path, other: path.symlink_to(other / "nowhere"),
-    lambda path, other: (path / "params").mkdir(parents=True),
-], ids=["file", "link", "dangling link", "directory"])
-def test_whatever_has_the_name_of_an_interrupted_save_is_no_hindrance(make, workdir, trained, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "mine").write_text("x")
-    (workdir / "checkpoints").mkdir()
-    make(leftover := workdir / "checkpoints" / "1.orbax-checkpoint-tmp", other)
-    save(workdir, [1], trained)
-    assert not os.path.lexists(leftover) and (other / "mine").exists() and store.newest_intact_step(workdir) == (1, [])
-
-
-def test_a_leftover_that_cannot_be_deleted_is_said(workdir, trained, monkeypatch, capsys):
-    (workdir / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir(parents=True)
-
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
-    monkeypatch.setattr(store.shutil, "rmtree", refuse)
-    save(workdir, [1], trained)
-    assert f"warning: {workdir}/checkpoints/9.orbax-checkpoint-tmp, which a killed save left, cannot be deleted: Permission denied\n" in capsys.readouterr().err
-    assert store.newest_intact_step(workdir) == (1, [])
 
 
 def test_keep_deletes_the_old(workdir, trained):

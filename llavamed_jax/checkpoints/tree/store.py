@@ -70,6 +70,7 @@ class StepWriter:
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="seal-step")
         self._sealing: Future | None = None
+        self._step: int | None = None  # that is being saved, or was saved last
         if jax.process_index() == 0:
             self._root.mkdir(parents=True, exist_ok=True)
             folder.clear(workdir)
@@ -97,6 +98,7 @@ class StepWriter:
           Unsaved: files were removed while they were written; the disk is not the reason.
         """
         self.wait()
+        self._step = step
         directory, tree = self._root / str(step), unflatten_dict(trained, sep="/")
         size = sum(x.nbytes for x in jax.tree.leaves((dict(trained), optimizer_state)))
         with _writing(directory):
@@ -144,6 +146,8 @@ class StepWriter:
     def keep(self, n: int, also: Iterable[int] = (), newest: int | None = None) -> list[int]:
         """Deletes all sealed steps but the newest `n` and those in `also`; the step that is being saved stays.
 
+        A step before them without a manifest, of which a killed process had deleted a part, goes too.
+
         Args:
           n: number of the newest steps to keep.
           also: numbers of other steps to keep.
@@ -153,12 +157,16 @@ class StepWriter:
         Returns:
           The steps that stay only because readers hold them.
         """
-        ours = (step for step in steps(self._root.parent) if newest is None or step <= newest)
-        sealed = sorted(step for step in ours if (self._root / str(step) / MANIFEST).is_file())
-        kept = {*sealed[max(len(sealed) - n, 0):], *also}
         if jax.process_index():
             return []
-        return [step for step in sealed if step not in kept and not holding.delete(self._root / str(step))]
+        ours = [step for step in steps(self._root.parent) if newest is None or step <= newest]
+        has_manifest = {step: _has_manifest(self._root / str(step)) for step in ours}
+        sealed = [step for step in ours if has_manifest[step]]
+        newest_ones = sealed[max(len(sealed) - n, 0):]
+        kept = {*newest_ones, *also, self._step}
+        halves = [step for step in ours if has_manifest[step] is False and step < min(newest_ones, default=0)]
+        return [step for step in (*halves, *sealed) if step not in kept
+                and not holding.delete(self._root / str(step))]
 
     def close(self) -> None:
         """Waits for the last save and ends the threads."""
@@ -216,6 +224,14 @@ def _open_written(directory: Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             return os.open(path, os.O_RDONLY)
     raise Unsaved(_REMOVED.format(directory))
+
+
+def _has_manifest(directory: Path) -> bool | None:
+    """Returns whether a step has its manifest; None if that cannot be seen."""
+    try:
+        return (directory / MANIFEST).is_file()
+    except OSError:
+        return None
 
 
 def _check_written(directory: Path, wanted: set[str]) -> None:
