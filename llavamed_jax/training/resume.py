@@ -60,8 +60,9 @@ def _newest_step(workdir: Path) -> int | None:
     folder.check(workdir)
     step, damaged = store.newest_intact_step(workdir)
     if step is None and (len(damaged) > 1 or store.has_sealed(workdir)):
-        raise UserError(f"{workdir} has no intact step to resume from: {some(damaged, separator='; ')}; delete its "
-                        "checkpoints/ to start from the beginning, or name another workdir")
+        why = some(damaged, separator="; ") or "its steps were removed"
+        raise UserError(f"{workdir} has no intact step to resume from: {why}; delete its checkpoints/ to start "
+                        "from the beginning, or name another workdir")
     if step is None and not damaged:
         _say_what_is_lost(workdir)
     for sentence in damaged:

@@ -78,6 +78,19 @@ def test_a_run_whose_checkpoints_were_removed_begins_anew_even_after_a_failure(r
     assert capsys.readouterr().out.count(f"{work} has no step: the run starts from the beginning") == 2
 
 
+def test_steps_that_were_all_removed_by_hand_are_said(recipe, saved, tmp_path):
+    """With `rm -r checkpoints/*`, which leaves the mark that there were steps."""
+    shutil.copytree(saved, work := tmp_path / "run")
+    for step in (3, 6, 8):
+        shutil.rmtree(work / "checkpoints" / str(step))
+    before = contents(work)
+    with pytest.raises(UserError, match=f"^{work} has no intact step to resume from: its steps were removed; delete its checkpoints/ to start from"):
+        fit(recipe(), work)
+    with pytest.raises(UserError, match=f"^{work} is the workdir of a run without a saved step; at least one step in its checkpoints/ was expected$"):
+        open_checkpoint(work)
+    assert contents(work) == before
+
+
 @pytest.mark.parametrize("total_steps", [8, 9])
 def test_what_a_killed_save_left_goes_before_anything_is_written(recipe, saved, tmp_path, monkeypatch, total_steps):
     """The disk may be full of it. A finished run changes nothing."""

@@ -109,6 +109,9 @@ def _open_tree(path: Path) -> Checkpoint:
     try:
         tensors = match(root, found, {name: (name,) for name in shapes}, shapes)
     except UserError as error:
+        if step is None and not damaged and (root / "recipe.json").is_file():
+            raise UserError(f"{root} is the workdir of a run without a saved step; at least one step in its "
+                            "checkpoints/ was expected") from None
         raise UserError("; ".join([*damaged, str(error)])) from None
     for sentence in damaged:
         warnings.warn(sentence + " or is in progress" * sentence.endswith(INTERRUPTED), stacklevel=3)
