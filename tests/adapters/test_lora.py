@@ -340,6 +340,13 @@ def test_a_base_that_changed_or_went_is_said(run, tmp_path):
     manifest.write_text(manifest.read_text() + " ")
     with pytest.raises(UserError, match="has changed since the run was started: base/manifest.json"):
         open_checkpoint(here)
+    manifest.unlink()
+    with pytest.raises(UserError, match="names the base .*moved, which has no base/manifest.json; the checkpoint that the run was started from"):
+        open_checkpoint(here)
+    for other in (here, folder / "run"):
+        (here / "base.json").write_text(json.dumps({**record, "checkpoint": str(other)}))
+        with pytest.raises(UserError, match=f"base.json names the base {other}, which is the workdir of a run that trains an adapter; "):
+            open_checkpoint(here)
     (here / "base.json").write_text("{}")
     with pytest.raises(UserError, match="base.json is damaged"):
         open_checkpoint(here)

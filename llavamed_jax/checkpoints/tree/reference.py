@@ -85,6 +85,10 @@ def read(root: Path, of_tree: Callable[[Path], Mapping[str, Tensor]]) -> dict[st
         raise UserError(f"{file} names the base {path}, which does not exist; the checkpoint that the run was started "
                         "from was expected there, or its new path in the file")
     if (directory / "model" / "config.json").is_file():
+        if (is_run := (directory / FILE).is_file()) or not (directory / _TREE).is_file():
+            what = "is the workdir of a run that trains an adapter" if is_run else f"has no {_TREE}"
+            raise UserError(f"{file} names the base {path}, which {what}; the checkpoint that the run was started from "
+                            "was expected there, or its new path in the file")
         tensors = dict(of_tree(directory))
         found = {_TREE: sha256_of(directory / _TREE)}
     else:
