@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llavamed_jax.checkpoints.tree import bucket_copy
 from llavamed_jax.checkpoints.tree.bucket_copy import RECORD, STEPS
+from llavamed_jax.checkpoints.tree.folder import number
 from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST
 from llavamed_jax.errors import warn
 from llavamed_jax.utils.directories import PARTIAL
@@ -88,7 +89,8 @@ def _has_files(directory: Path) -> bool:
 
 def is_manifest(name: str) -> bool:
     """Returns whether a name is that of a step's manifest."""
-    return name.startswith(STEPS) and name.count("/") == 2 and name.endswith(f"/{MANIFEST}")
+    return (name.startswith(STEPS) and name.count("/") == 2 and name.endswith(f"/{MANIFEST}")
+            and number(name.split("/")[1]) is not None)
 
 
 def step_of(manifest: str) -> int:

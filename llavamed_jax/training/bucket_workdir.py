@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from llavamed_jax.checkpoints.tree import bucket_copy, store
+from llavamed_jax.checkpoints.tree import bucket_copy, folder, store
 from llavamed_jax.checkpoints.tree.bucket_copy import RECORD, STEPS
 from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST
 from llavamed_jax.errors import UserError, amount, count_of, warn
@@ -318,8 +318,9 @@ class BucketWorkdir:
         ours = (name for name in bucket_files.listed(self.directory) if is_manifest(name) and name in self._sent)
         newest = max((int(name.split("/")[1]) for name in ours), default=-1)
         later = {step for step in bucket_copy.sealed(remote) if step >= newest}
-        gone = [name for name in remote if name.startswith(STEPS) and (step := name.split("/")[1]).isdigit()
-                and int(step) not in later and not (self.directory / STEPS / step).is_dir()]
+        gone = [name for name in remote if name.startswith(STEPS) and (
+            step := folder.number(name.split("/")[1])) is not None
+                and step not in later and not (self.directory / STEPS / str(step)).is_dir()]
         self._bucket.delete(name for name in gone if is_manifest(name))
         self._forget(gone)
 

@@ -402,6 +402,11 @@ def test_a_step_that_does_not_exist(workdir, trained):
     save(workdir, [1], trained)
     with pytest.raises(UserError, match="checkpoints/9 does not exist"):
         open_checkpoint(workdir / "checkpoints" / "9")
+    for name in ("01", "1.bak", "²"):
+        (workdir / "checkpoints" / "1").rename(other := workdir / "checkpoints" / name)
+        with pytest.raises(UserError, match=f"checkpoints/{name} is not the directory of a step; DIR/checkpoints/STEP was expected"):
+            open_checkpoint(other)
+        other.rename(workdir / "checkpoints" / "1")
 
 
 @pytest.mark.parametrize("part, shape, dtype, sentence", [

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from llavamed_jax.checkpoints.tree import store
+from llavamed_jax.checkpoints.tree import bucket_copy, store
 from llavamed_jax.errors import UserError
+from llavamed_jax.training import bucket_files
 
 TRAINED = {"decoder/norm/scale": jnp.arange(8.0)}
 
@@ -28,6 +29,16 @@ def save(workdir, steps):
     with store.StepWriter(workdir) as writer:
         for step in steps:
             write(writer, step)
+
+
+def test_other_names_are_no_steps(workdir):
+    """`int` takes more than a step's own name, and `str.isdigit` more than `int`."""
+    names = ["8", "08", "²", "٣", "8.bak", "-8", "+8", "8 "]
+    for name in names:
+        (workdir / "checkpoints" / name / "params").mkdir(parents=True)
+    manifests = {f"checkpoints/{name}/manifest.json": None for name in names}
+    assert store.steps(workdir) == bucket_copy.sealed(manifests) == [8]
+    assert [name for name in manifests if bucket_files.is_manifest(name)] == ["checkpoints/8/manifest.json"]
 
 
 def test_names_beside_a_step_are_not_taken_for_its_save(workdir, monkeypatch):

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from llavamed_jax.checkpoints.tree import holding
+from llavamed_jax.checkpoints.tree import folder, holding
 from llavamed_jax.checkpoints.tree.step_manifest import MANIFEST, damage
 from llavamed_jax.errors import UsageError, UserError, amount, warn_once
 from llavamed_jax.utils import locks
@@ -41,7 +41,7 @@ def local(url: str, has_weights: bool = True) -> Path:
     """
     scheme, bucket, key = split_bucket(url)
     root, _, step = key.rpartition("/checkpoints/")
-    if not step.isdigit() or not root:
+    if folder.number(step) is None or not root:
         root, step = key, ""
     directory = local_copies() / "read" / scheme / bucket / root
     source = Bucket(f"{scheme}://{bucket}/{root}")
@@ -79,7 +79,8 @@ def _update(source: Bucket, directory: Path, step: str, has_weights: bool) -> in
 def sealed(entries: Mapping[str, Entry]) -> list[int]:
     """Returns the numbers of the steps in a listing that have a manifest, ascending."""
     found = (name.split("/") for name in entries if name.startswith(STEPS))
-    return sorted(int(parts[1]) for parts in found if len(parts) == 3 and parts[1].isdigit() and parts[2] == MANIFEST)
+    steps = (folder.number(parts[1]) for parts in found if len(parts) == 3 and parts[2] == MANIFEST)
+    return sorted(step for step in steps if step is not None)
 
 
 def copy_newest_step(source: Bucket, entries: Mapping[str, Entry], directory: Path, steps: list[int], part: str = "",
@@ -152,7 +153,7 @@ def _forget_old(entries: Mapping[str, Entry], directory: Path) -> None:
     """Deletes the copies of objects that do not exist any more; a step that another process reads stays."""
     kept = sealed(entries)
     for path in (directory / STEPS).glob("*"):
-        if path.name.isdigit() and int(path.name) not in kept:
+        if (found := folder.number(path.name)) is not None and found not in kept:
             if (path / MANIFEST).exists():
                 holding.delete(path)
             else:

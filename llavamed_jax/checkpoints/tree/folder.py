@@ -12,6 +12,11 @@ from llavamed_jax.errors import UserError, warn_once
 PARTIAL = ".orbax-checkpoint-tmp"  # follows a step's number while Orbax writes the step
 
 
+def number(name: str) -> int | None:
+    """Returns the step whose directory has a name; None for a name that no step has, such as `8.bak`, `08` or `²`."""
+    return int(name) if name.isascii() and name.isdigit() and str(int(name)) == name else None
+
+
 def check(workdir: str | Path) -> None:
     """Raises UserError if `checkpoints` exists and its steps cannot be listed.
 

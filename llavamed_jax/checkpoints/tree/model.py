@@ -29,7 +29,7 @@ from llavamed_jax.checkpoints.tree.step_manifest import damage as _damage
 from llavamed_jax.checkpoints.tree.store import TRIES, hold_newest, read_meta
 from llavamed_jax.config import LlavaConfig
 from llavamed_jax.config.adapter import without_factors
-from llavamed_jax.errors import UserError, at
+from llavamed_jax.errors import UserError, at, exists
 from llavamed_jax.utils.directories import new_directory
 from llavamed_jax.utils.files import write_json
 
@@ -94,10 +94,10 @@ def _open_tree(path: Path) -> Checkpoint:
         folder.check(root)
         step, held, damaged = hold_newest(root, "params")
     else:
-        step, damaged = int(path.name) if path.name.isdigit() and path.is_dir() else None, []
+        step, damaged = folder.number(path.name) if path.is_dir() else None, []
         held = holding.hold(path)
-        damage = (f"{path} does not exist; DIR/checkpoints/STEP was expected"
-                  if step is None else _damage(path, "params"))
+        what = "is not the directory of a step" if exists(path) else "does not exist"
+        damage = f"{path} {what}; DIR/checkpoints/STEP was expected" if step is None else _damage(path, "params")
         if damage:
             raise at(path, damage)
     found, changed = read_base(root), {}

@@ -262,7 +262,16 @@ def steps(workdir: str | Path) -> list[int]:
         names = os.listdir(Path(workdir) / "checkpoints")
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(int(name) for name in names if name.isdigit() and (Path(workdir) / "checkpoints" / name).is_dir())
+    found = (step for step in map(folder.number, names) if step is not None)
+    return sorted(step for step in found if _is_directory(Path(workdir) / "checkpoints" / str(step)))
+
+
+def _is_directory(path: Path) -> bool:
+    """Returns whether a path is a directory; True if that cannot be seen: no step is passed over in silence."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return True
 
 
 def has_sealed(workdir: str | Path) -> bool:
