@@ -41,6 +41,26 @@ def test_other_names_are_no_steps(workdir):
     assert [name for name in manifests if bucket_files.is_manifest(name)] == ["checkpoints/8/manifest.json"]
 
 
+def test_a_step_that_cannot_be_looked_at_is_not_passed_over(workdir, monkeypatch):
+    """Of another user, or on a disk that fails: it is listed, never deleted for want of a manifest, and no run begins anew over it."""
+    save(workdir, [1, 2])
+    (workdir / "checkpoints" / ".sealed").unlink()
+    stat, hidden = os.stat, workdir / "checkpoints" / "1"
+
+    def refuse(path, *args, **kwargs):
+        if Path(path).is_relative_to(hidden):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+    with store.StepWriter(workdir) as writer:
+        monkeypatch.setattr(os, "stat", refuse)
+        assert store.steps(workdir) == [1, 2] and store.has_sealed(workdir)
+        writer.keep(1)
+        (workdir / "checkpoints" / "2" / "manifest.json").unlink()
+        assert store.has_sealed(workdir)
+        monkeypatch.undo()
+    assert store.steps(workdir) == [1, 2] and (hidden / "manifest.json").exists()
+
+
 def test_names_beside_a_step_are_not_taken_for_its_save(workdir, monkeypatch):
     """`1.bak` of a user: in whatever order the file system lists the directory."""
     glob = Path.glob

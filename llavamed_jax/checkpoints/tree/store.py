@@ -275,9 +275,12 @@ def _is_directory(path: Path) -> bool:
 
 
 def has_sealed(workdir: str | Path) -> bool:
-    """Returns whether any step was ever complete; a single step without a manifest may be a killed first save."""
+    """Returns whether any step was ever complete; a single step without a manifest may be a killed first save.
+
+    A step that cannot be looked at counts: its run does not begin anew.
+    """
     root = Path(workdir) / "checkpoints"
-    return (root / SEALED).exists() or any((root / str(step) / MANIFEST).exists() for step in steps(workdir))
+    return (root / SEALED).exists() or any(_has_manifest(root / str(step)) is not False for step in steps(workdir))
 
 
 def newest_intact_step(workdir: str | Path) -> tuple[int | None, list[str]]:
@@ -301,7 +304,7 @@ def hold_newest(root: Path, part: str) -> tuple[int | None, Hold | None, list[st
             if (damage := _damage(directory, part)) is None:
                 return step, held, list(damaged.values())
             damaged[directory] = damage
-        damaged = {directory: damage for directory, damage in damaged.items() if directory.is_dir()}
+        damaged = {directory: damage for directory, damage in damaged.items() if _is_directory(directory)}
         if steps(root) == listed:
             break
     return None, None, list(damaged.values())
