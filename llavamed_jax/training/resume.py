@@ -76,7 +76,8 @@ def _say_what_is_lost(workdir: Path) -> None:
 
     Raises:
       UserError: the run has saved steps, so they must be elsewhere, as on a disk that is not mounted. The save after a
-        step waits for this step, so a log that has gone beyond that save shows it.
+        step waits for this step, so a log that has gone beyond that save shows it, unless the first save had failed;
+        then it costs the user the removal of an empty directory.
     """
     log = workdir / "metrics.jsonl"
     with contextlib.suppress(FileNotFoundError):
