@@ -9,8 +9,9 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.checkpoints.checkpoint import Checkpoint
 from llavamed_jax.checkpoints.tree import base
+from llavamed_jax.errors import count_of
 from llavamed_jax.parallel import agreement, distributed
-from llavamed_jax.training import alike, settings
+from llavamed_jax.training import alike, settings, void_keys
 from llavamed_jax.training.program import Program, open_mesh
 from llavamed_jax.training.rows import Data
 from llavamed_jax.training.start import open_start, with_own_tokenizer
@@ -44,3 +45,11 @@ def open_inputs(cfg: ConfigDict, workdir: Path, total_steps: int | None, step: i
     agreement.check_same(lambda: alike.chosen(chosen))
     data = data.with_micro_batches(chosen.micro_batches)
     return checkpoint, data, settings.with_remat(program, chosen.remat), total_steps
+
+
+def describe(source: str, cfg: ConfigDict, data: Data, program: Program, total_steps: int) -> None:
+    """Prints what is trained, on what data and devices, and warns of keys that are not used."""
+    print(f"{source}; {count_of(len(data.train), 'sample')}, {count_of(total_steps, 'update')} of {cfg.batch_size}, "
+          f"{program.describe()}",
+          *data.describe(), *(f"warning: {line}" for line in [*void_keys.sentences(cfg), *program.void(cfg)]),
+          sep="\n", flush=True)

@@ -17,11 +17,11 @@ from llavamed_jax.parallel import agreement, distributed
 from llavamed_jax.parallel.mesh import local_rows
 from llavamed_jax.pipeline.loader import Loader
 from llavamed_jax.pipeline.workers import WorkerError
-from llavamed_jax.training import alike, arithmetic, bucket_workdir, recipe, resume, void_keys
+from llavamed_jax.training import alike, arithmetic, bucket_workdir, recipe, resume
 from llavamed_jax.training import place as places
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.callbacks import NONE, Callbacks, Sampler, Snapshot
-from llavamed_jax.training.inputs import open_inputs
+from llavamed_jax.training.inputs import describe, open_inputs
 from llavamed_jax.training.log import MetricsWriter, SilentLog, troubles
 from llavamed_jax.training.metrics_reader import MetricsReader, Update
 from llavamed_jax.training.profiler import Profiler
@@ -88,11 +88,18 @@ def fit(cfg: ConfigDict, workdir: str | Path, callbacks: Callbacks = NONE) -> bo
                 return run.loop(agreed, writer, callbacks)
         except (UsageError, places.Lost, agreement.StartedOtherwise):
             raise
+        except _FinishedError as finished:
+            _say_it_is_finished(place, step, finished.args[0])
+            return True
         except signals.Stopped:
             print(_NOTHING_DONE, file=sys.stderr, flush=True)
             return False
         except (UserError, OSError) as error:
             raise _with_what_is_saved(error, place) from error
+
+
+class _FinishedError(Exception):
+    """A run resumes from a step with all updates that its data ask for; the argument is their number."""
 
 
 def _say_it_is_finished(place: places.Place, step: int, total_steps: int) -> None:
@@ -166,6 +173,8 @@ class Run:
         """
         workdir, is_first = place.workdir, not distributed.process_index()
         checkpoint, data, program, total_steps = open_inputs(cfg, workdir, total_steps, step, earlier)
+        if step is not None and step >= total_steps:
+            raise _FinishedError(total_steps)
         batches = data.training_batches(program.mesh)  # may raise, so it comes before anything is written
         meta = None if step is None else store.read_meta(workdir, step)
         if meta is not None:
@@ -174,14 +183,14 @@ class Run:
         record = resume.begin(workdir, cfg, checkpoint, program, data, total_steps, earlier) if is_first else {}
         place.belongs_to(record, step)
         source = f"{cfg.init if step is None else place.name}: {checkpoint.tower}"
-        _describe(source, cfg, data, program, total_steps)
+        describe(source, cfg, data, program, total_steps)
         with within_memory(cfg, program):
             if meta is None:
                 state, progress = program.initial_state(checkpoint), Progress()
             else:
                 state, progress = resume.restore(workdir, step, checkpoint, program, meta)
                 told = [*arithmetic.warnings(earlier["computed"], arithmetic.used(program)),
-                        *workdirs.notes(cfg, earlier["recipe"])]
+                        *workdirs.notes(cfg, earlier, step, total_steps)]
                 print(f"resuming from step {step}", *told, sep="\n", flush=True)
         log = MetricsWriter(workdir, step or 0, total_steps, cfg.name, place.check) if is_first else SilentLog()
         return cls(cfg, place, data, program, state, step or 0, total_steps, batches, log, record, progress)
@@ -388,11 +397,3 @@ class Run:
         line = f"{end} at step {self.step} of {self.total_steps}: {self.place.name}"
         self.log.say(" · ".join([line, *troubles(vars(self.progress))]))
         return is_finished
-
-
-def _describe(source: str, cfg: ConfigDict, data: Data, program: Program, total_steps: int) -> None:
-    """Prints what is trained, on what data and devices, and warns of keys that are not used."""
-    print(f"{source}; {count_of(len(data.train), 'sample')}, {count_of(total_steps, 'update')} of {cfg.batch_size}, "
-          f"{program.describe()}",
-          *data.describe(), *(f"warning: {line}" for line in [*void_keys.sentences(cfg), *program.void(cfg)]),
-          sep="\n", flush=True)

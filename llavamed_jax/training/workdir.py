@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from llavamed_jax.config import PRESET
 from llavamed_jax.errors import UsageError, UserError, exists
+from llavamed_jax.training.optimizer import warmup_cosine
 from llavamed_jax.training.recipe import SCHEMA
 from llavamed_jax.utils.files import write_whole
 from llavamed_jax.utils.nested import flatten
@@ -65,17 +66,28 @@ def settled(workdir: Path, cfg: ConfigDict, step: int, record: Mapping[str, Any]
             if key not in changed and (key != "total_steps" or is_same_length)}
 
 
-def notes(cfg: ConfigDict, earlier: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each changed key that decides how an update is computed.
+def notes(cfg: ConfigDict, record: Mapping[str, Any], step: int, total_steps: int) -> list[str]:
+    """Returns a line for each change that decides how updates are computed, and for another number of updates.
 
     Args:
       cfg: the recipe.
-      earlier: the recipe of the step that the run resumes from, by dotted key.
+      record: the record of the step that the run resumes from (`write_recipe`).
+      step: the number of this step.
+      total_steps: updates of the whole run.
     """
+    earlier, optimizer, was = record["recipe"], cfg.optimizer, record["resolved"].get("total_steps")
+    changed = []
+    if was not in (None, total_steps):
+        last, following = (float(warmup_cosine(optimizer.learning_rate, optimizer.warmup_ratio, length)(at))
+                           for length, at in ((was, step - 1), (total_steps, step)))
+        changed.append(f"the run had {was} updates and has {total_steps} now, and its learning rate follows the "
+                       f"schedule of {total_steps}: it was {last:.2e} in update {step} and is {following:.2e} in "
+                       f"update {step + 1}")
     redrawn = " and draws another dropout" if cfg.lora.dropout else ""
-    return [f"{key} was {earlier[key]} and is {cfg[key]} now: an update computes the same as before, rounds "
-            f"differently{redrawn if key == 'micro_batches' else ''}, and needs another amount of memory"
-            for key in _MEMORY if key in earlier and earlier[key] != _plain(cfg)[key]]
+    return [*changed, *(
+        f"{key} was {earlier[key]} and is {cfg[key]} now: an update computes the same as before, rounds "
+        f"differently{redrawn if key == 'micro_batches' else ''}, and needs another amount of memory"
+        for key in _MEMORY if key in earlier and earlier[key] != _plain(cfg)[key])]
 
 
 def read_recipe(workdir: Path, cfg: ConfigDict) -> dict:

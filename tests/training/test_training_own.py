@@ -303,6 +303,26 @@ def test_epochs_may_be_changed_back_and_forth(recipe, workdir, without_compiling
     assert fit(packed(recipe, epochs=3), workdir) and newest_intact_step(workdir)[0] == 9
 
 
+def test_fewer_epochs_than_were_trained_are_a_finished_run(recipe, workdir, without_compiling, capsys):
+    """The number of updates follows from the data, so it is known only once they are open."""
+    whole = lambda: {path: content for path, content in contents(workdir).items() if path.name != ".lock"}
+    before = whole()
+    assert fit(packed(recipe, epochs=1), workdir) is True
+    assert whole() == before
+    assert f"{workdir} is finished: it was trained for 6 updates, although the recipe asks for 3\n" in capsys.readouterr().out
+
+
+def test_another_length_of_the_run_is_told_with_what_it_does_to_the_rate(recipe, workdir, without_compiling, capsys):
+    changes = {"optimizer.learning_rate": 1.0, "optimizer.warmup_ratio": 0.0}
+    record = {"recipe": {}, "resolved": {"total_steps": 8}}
+    assert workdirs.notes(recipe(**changes), record, 8, 16) == [
+        "the run had 8 updates and has 16 now, and its learning rate follows the schedule of 16: it was 3.81e-02 in update 8 and "
+        "is 5.00e-01 in update 9"]
+    assert workdirs.notes(recipe(**changes), record, 4, 8) == []
+    assert fit(packed(recipe, epochs=3), workdir)
+    assert "resuming from step 6\nthe run had 6 updates and has 9 now" in capsys.readouterr().out
+
+
 # ---- steps of others
 
 def test_a_step_of_another_run_is_refused(recipe, workdir, tmp_path, without_compiling):
