@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from llavamed_jax.utils.buckets import is_local_copy
 from llavamed_jax.utils.files import read_bytes, recover_jsonl
 
 _RENAMED = {"seen": "samples_read"}  # counts of earlier versions -> present name
+# What a step has to record for its run to go on, besides its number.
+_RECORDED = {"data": (), "progress": (), "run": ("run", "recipe", "resolved", "model", "validation", "computed")}
 
 
 def find(workdir: Path, cfg: ConfigDict) -> tuple[dict, int | None]:
@@ -49,10 +52,24 @@ def find(workdir: Path, cfg: ConfigDict) -> tuple[dict, int | None]:
         if saved_as is None:
             what = "does not record its number, because an earlier version saved it"
         raise UserError(f"{workdir}/checkpoints/{step} {what}; a step under its own number was expected")
+    _refuse_other_version(workdir / "checkpoints" / str(step), meta)
     record = meta["run"]
     record["settled"] = workdirs.settled(workdir, cfg, step, record)
     base.check_fingerprints(workdir, record["model"])
     return record, step
+
+
+def _refuse_other_version(directory: Path, meta: Mapping) -> None:
+    """Raises UserError if a step lacks a record that this version needs, or counts what this version does not."""
+    missing = [key for key in _RECORDED if not isinstance(meta.get(key), dict)] or [
+        key for group, keys in _RECORDED.items() for key in keys if key not in meta[group]]
+    if missing:
+        raise UserError(f"{directory} does not record {missing[0]!r}, because another version saved it; a step of "
+                        "this version was expected")
+    known = {each.name for each in fields(Progress)} | _RENAMED.keys()
+    if unknown := sorted(meta["progress"].keys() - known):
+        raise UserError(f"{directory} records the count {unknown[0]!r}, which this version does not know, because "
+                        "another version saved it; a step of this version was expected")
 
 
 def _newest_step(workdir: Path) -> int | None:

@@ -208,7 +208,8 @@ def cut_back(path: Path, step: int) -> None:
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a killed run may leave a partial last line
+        # A killed run may leave a partial last line.
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     write_text(path, "".join(kept))

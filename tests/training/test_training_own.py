@@ -13,12 +13,13 @@ import pytest
 from llavamed_jax.checkpoints.model_config import tree_config
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.checkpoints.tree import store
 from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.checkpoints.tree.store import newest_intact_step, read_meta, steps
 from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.text.tokenizer import Tokenizer
-from llavamed_jax.training import arithmetic, trainer
+from llavamed_jax.training import arithmetic, resume, trainer
 from llavamed_jax.training import workdir as workdirs
 from llavamed_jax.training.callbacks import Callbacks
 from llavamed_jax.training.program import Program
@@ -336,6 +337,32 @@ def test_a_step_under_another_number_is_refused(recipe, workdir):
     (workdir / "checkpoints/6").rename(workdir / "checkpoints/8")
     with pytest.raises(UserError, match="checkpoints/8 was saved as step 6"):
         fit(packed(recipe, epochs=3), workdir)
+
+
+@pytest.mark.parametrize("keys, value, sentence", [
+    (["progress", "updates_dreamt"], 3, "records the count 'updates_dreamt', which this version does not know"),
+    *((keys, None, f"does not record '{keys[-1]}'") for keys in (
+        ["progress"], ["data"], ["run"], ["run", "run"], ["run", "recipe"], ["run", "resolved"], ["run", "model"],
+        ["run", "validation"], ["run", "computed"])),
+])
+def test_a_step_of_another_version_is_refused(recipe, workdir, monkeypatch, keys, value, sentence):
+    read = store.read_meta
+
+    def of_another_version(*args):
+        meta = read(*args)
+        *groups, last = keys
+        place = meta[groups[0]] if groups else meta
+        if value is None:
+            del place[last]
+        else:
+            place[last] = value
+        return meta
+    monkeypatch.setattr(store, "read_meta", of_another_version)
+    before = (workdir / "recipe.json").read_text()
+    with pytest.raises(UserError, match=f"checkpoints/6 {sentence}, because another version saved it; a step of this "
+                                        "version was expected"):
+        resume.find(workdir, packed(recipe, epochs=3))
+    assert (workdir / "recipe.json").read_text() == before
 
 
 def test_damaged_steps_ahead_do_not_push_out_intact_ones(recipe, workdir, without_compiling):

@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_the_updates_that_it_skipped(recipe, tmp_path, monkey
 
 def test_what_no_run_wrote_into_its_log_is_left_out(tmp_path):
     log = tmp_path / "metrics.jsonl"
-    log.write_bytes(b'{"step": 1}\n5\nnull\n{}\n{"step": null}\n\xff\xfe\x00\n{"step": 3}\n{"step": 4}\n{"step": 2')
+    log.write_bytes(b'{"step": 1}\n5\nnull\n{}\n{"step": null}\n\xff\xfe\x00\n{"step": 3}\n' + b"[" * 200_000 + b'\n{"step": 4}\n{"step": 2')
     workdirs.cut_back(log, 3)
     assert log.read_text() == '{"step": 1}\n{"step": 3}\n'
 
