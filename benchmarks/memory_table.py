@@ -85,15 +85,17 @@ def table(found: dict[str, list[dict]]) -> str:
     usable = {row["topology"]: row["memory_bytes"] / GIB for rows in found.values() for row in rows}
     lines = ["| | " + " | ".join(f"`{name}` ({usable[name]:.1f})" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
     for case, rows in found.items():
-        samples = {round(row["samples_per_step"]) if row.get("samples_per_step") else None for row in rows}
-        of = f", {samples.pop()} samples" if len(samples) == 1 and None not in samples else ""
+        said = {_samples(row) for row in rows}
+        of = said.pop() if len(said) == 1 else ""
         cells = {row["topology"]: _cell(row) + ("" if of else _samples(row)) for row in rows}
         lines.append(f"| {CASES[case][0]}{of} | " + " | ".join(cells.get(name, "") for name in names) + " |")
     return "\n".join(lines)
 
 
 def _samples(row: dict) -> str:
-    return f", {row['samples_per_step']:.0f} samples" if row.get("samples_per_step") else ""
+    if "mean_length" not in row:  # an evaluation
+        return ""
+    return f", {row['rows'] * row['row_length'] / row['mean_length']:.0f} samples"
 
 
 def _cell(row: dict) -> str:

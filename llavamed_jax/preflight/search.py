@@ -29,10 +29,13 @@ def what_fits(job: Job, row: Row, compiled: Callable[[Job], Row]) -> list[dict[s
     Returns:
       `topology`, `changes` {key: value}, `peak` and `memory_bytes` (bytes per device) of each alternative.
     """
+    refused: list[Job] = []
+
     def fitting(job: Job) -> Row | None:
         try:
             tried = compiled(job)
         except UserError:
+            refused.append(job)
             return None
         return tried if tried["fits"] and not tried["warnings"] else None
 
@@ -50,7 +53,11 @@ def what_fits(job: Job, row: Row, compiled: Callable[[Job], Row]) -> list[dict[s
             ways = _over_a_host(larger, row, fitting)
         else:
             changes = _wider(job["config"]["mesh"], topology.num_devices)
-            tried = fitting({**larger, "config": changed(job["config"], changes)})
+            asked = {**larger, "config": changed(job["config"], changes)}
+            tried, stated = fitting(asked), job["config"]["micro_batches"]
+            if tried is None and asked in refused and stated != "auto" and stated >= 2**doubled:
+                changes = {**changes, "micro_batches": stated // 2**doubled}  # as many rows of a device at a time
+                tried = fitting({**larger, "config": changed(job["config"], changes)})
             ways = [_way(tried, changes)] if tried else []
         if ways:
             return found + ways

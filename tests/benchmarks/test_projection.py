@@ -32,17 +32,18 @@ def test_a_machine_without_a_floor_has_no_sum(tmp_path, monkeypatch, capsys):
     assert "finetune_v1_13b_auto.json lacks h200-8, a100-40g-8, v5p-16" in said.err
 
 
-def memory(topology, peak, samples, **more):
-    return dict(topology=topology, memory_bytes=38 * 2**30, bytes=dict(peak=peak * 2**30), fits=True, samples_per_step=samples, **more)
+def memory(topology, peak, rows=None):
+    trained = dict(rows=rows, row_length=2048, mean_length=1080) if rows else {}
+    return dict(topology=topology, memory_bytes=38 * 2**30, bytes=dict(peak=peak * 2**30), fits=True, **trained)
 
 
 def test_a_line_of_memory_says_its_batch_once_where_it_is_the_same():
     ways = dict(fits=False, would_fit=[dict(changes={"micro_batches": 4}, topology="l4-1", peak=20 * 2**30),
                                        dict(changes={}, topology="l4-2", peak=2**33)])
-    said = memory_table.table({"finetune_v15_7b": [memory("l4-1", 30, 121.4), {**memory("h100-1", 50, 121.2), **ways, "topology": "h100-1"}],
-                               "lora_v15_7b": [memory("l4-1", 22, 128.4), memory("h100-1", 22, 64.2)],
-                               "eval_v15_7b_int4": [memory("h100-1", 11, None)]})
+    said = memory_table.table({"finetune_v15_7b": [memory("l4-1", 30, 64), {**memory("h100-1", 50, 64), **ways}],
+                               "lora_v15_7b": [memory("l4-1", 22, 68), memory("h100-1", 22, 34)],
+                               "eval_v15_7b_int4": [memory("h100-1", 11)]})
     assert said.splitlines() == [
         "| | `l4-1` (38.0) | `h100-1` (38.0) |", "|---|---|---|",
         "| full fine-tuning, 7B (v1.5), 121 samples | 30.0 | ~~50.0~~ `micro_batches=4` on `l4-1` 20.0; on `l4-2` 8.0 |",
-        "| LoRA, 7B (v1.5) | 22.0, 128 samples | 22.0, 64 samples |", "| inference, int4, 7B |  | 11.0 |"]
+        "| LoRA, 7B (v1.5) | 22.0, 129 samples | 22.0, 64 samples |", "| inference, int4, 7B |  | 11.0 |"]

@@ -325,6 +325,24 @@ def test_a_state_that_is_too_large_here_may_fit_where_it_is_spread():
     assert ways == [dict(topology="h100-4", changes={}, peak=22.5 * GIB, memory_bytes=40 * GIB)]
 
 
+@pytest.mark.parametrize("stated, tried, way", [
+    (16, [(2, 16), (2, 8), (4, 16), (4, 4)], {"micro_batches": 4}), (3, [(2, 3), (2, 1), (4, 3), (8, 3)], None),
+    ("auto", [(2, "auto"), (4, "auto"), (8, "auto")], None)])
+def test_micro_batches_that_are_stated_become_fewer_where_a_larger_machine_makes_the_batch_too_large(stated, tried, way):
+    seen = []
+
+    def compiled(asked):
+        devices, number = int(asked["topology"][5:]), asked["config"]["micro_batches"]
+        seen.append((devices, number))
+        if number == "auto" or devices * number > stated:
+            raise UsageError("the batch is too large")
+        return row(90 / devices, topology=asked["topology"])
+    found = row(50)
+    found["bytes"]["optimizer"] = 60 * GIB  # nothing helps on one device
+    assert [each["changes"] for each in search.what_fits(job(micro_batches=stated), found, compiled)] == ([way] if way else [])
+    assert [each for each in seen if each[0] > 1] == tried
+
+
 def test_a_mesh_that_is_stated_grows_with_its_machine():
     meshes = []
 
