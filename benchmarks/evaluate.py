@@ -265,7 +265,8 @@ def measure(model, theirs: Theirs, pairs, questions, args) -> dict:
         out[name] = seconds | differences(model, questions, found, wanted) | dict(programs=engine.programs.count())
     settings = Generation(max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
     answerer = LocalModel(model, "small")
-    seconds, _ = cold_and_warm(lambda: ask(answerer, pairs, settings), args.repeats, partial(forget, model.engine))
+    shown = [(text, (path,)) for text, path in pairs]
+    seconds, _ = cold_and_warm(lambda: ask(answerer, shown, settings), args.repeats, partial(forget, model.engine))
     out["ask"] = seconds
     for row in out.values():
         row["questions_per_second"] = n / row.get("seconds_warm", row["seconds_cold"])

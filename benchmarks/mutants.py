@@ -117,7 +117,7 @@ MUTANTS = [
            "if (damage := _damage(directory, part)) is None:", "if (damage := None) is None:",
            ("checkpoints/test_store.py", "training/test_training_resume.py", "training/test_training_run.py")),
     Mutant("steps that are read are deleted", "checkpoints/tree/store.py",
-           "kept = {*sealed[max(len(sealed) - n, 0):], *also}", "kept = {*sealed[max(len(sealed) - n, 0):]}",
+           "kept = {*newest_ones, *also, self._step}", "kept = {*newest_ones, self._step}",
            ("checkpoints/test_store.py", "checkpoints/test_holding.py", "training/test_training_run.py")),
     Mutant("a delta of another base is taken", "checkpoints/assemble/delta.py",
            "if ours[name].shape[kept] != theirs[name].shape[kept] or ours[name].shape[0] > theirs[name].shape[0]:",
