@@ -23,10 +23,11 @@ CLUSTERS = "a100-40g-8,a100-80g-8,h100-8,h200-1,v5e-64,v5p-8,v6e-8"
 ONE_HOST = "a100-40g-1,a100-80g-1,h200-1,l4-1,rtx4090-1,v5e-8"
 MODERN = "h100-8,h200-8,v5p-8,v6e-16"
 EVAL = ["eval.py", "--config", "configs/eval/vqa_rad.py", "--checkpoint"]
-# Adapters on few devices: each takes one row of 2,048 tokens at a time; an update has the recipe's 128 samples in 64 rows.
 LEAST = "--config.remat=full"  # auto takes more where there is room
-LORA = [LEAST, "--config.data.row_length=2048", "--config.micro_batches={64 // devices}"]
-V15, V1 = ["train.py", "--config", "configs/lora.py:v15,7b", *LORA], ["train.py", "--config", "configs/lora.py:v1,13b", *LORA]
+# Adapters on few devices: each takes one row of 2,048 tokens at a time; about 128 samples, as the recipes ask, fill 64 rows of v1.5
+# and 48 of v1.0.
+V15, V1 = (["train.py", "--config", f"configs/lora.py:{model}", LEAST, "--config.data.row_length=2048",
+            f"--config.micro_batches={{{rows} // devices}}"] for model, rows in (("v15,7b", 64), ("v1,13b", 48)))
 NF4 = "--config.quantize=nf4"
 # A table for each list of topologies; name: title, command
 TABLES = {CLUSTERS: {
