@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from benchmarks import h200, measure
+from benchmarks.prompted import Prompted
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +51,7 @@ def test_a_case_stands_beside_its_floor(monkeypatch):
     peaks, size = h200_peaks(), h200.SMALL
     assert measure.beside_floor(1.0, lambda read: [read("")]) == {}
     monkeypatch.setattr(measure, "peaks_of", lambda machine: peaks)
-    prompted = h200._Prompted(size, 2, 40, size.decode_tokens)
+    prompted = Prompted(size.preset, size.dtype, 2, 40, size.decode_tokens)
     prompted.prefill()
     decoded = measure.beside_floor(1.0, lambda read: prompted.decode_floor(read, 40))
     weights = sum(x.nbytes for x in jax.tree.leaves(prompted.params["decoder"]))
