@@ -14,6 +14,7 @@ Source: `llava/model/llava.py` of LLaVA-Med v1.0 and `llava/model/llava_arch.py`
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -161,10 +162,14 @@ def abstract_params(cfg: LlavaConfig, scan: bool = False):
     Raises:
       UserError: the config has an adapter that differs between the layers of a stack.
     """
+    return unflatten_dict(_shapes(cfg, scan), sep="/")
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(cfg: LlavaConfig, scan: bool) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns `abstract_params` by name; a run asks several times, and flax traces the whole model for it."""
     v = cfg.vision
     ids = jnp.zeros((1, cfg.tokens_per_image), jnp.int32)
     pixels = jnp.zeros((1, 1, v.image_size, v.image_size, v.num_channels))
-    params = jax.eval_shape(Llava(cfg, scan=scan).init, jax.random.key(0), ids, pixels)["params"]
-    if cfg.adapter is None:
-        return params
-    return unflatten_dict(lora.add_shapes(flatten_dict(params, sep="/"), cfg.adapter), sep="/")
+    params = flatten_dict(jax.eval_shape(Llava(cfg, scan=scan).init, jax.random.key(0), ids, pixels)["params"], sep="/")
+    return params if cfg.adapter is None else lora.add_shapes(params, cfg.adapter)

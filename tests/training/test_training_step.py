@@ -441,3 +441,13 @@ def test_bfloat16_is_close_and_keeps_what_is_trained_in_float32(params, single):
     numbers = lambda tree: sum(x.size for x in jax.tree.leaves(tree) if x.ndim)
     assert numbers(state.opt_state) == 2 * numbers(state.trainable), "what is frozen has no moments"
     assert {x.dtype for x in state.trainable.values()} == {x.dtype for x in state.opt_state[1].mu.values()} == {jnp.dtype("float32")}
+
+
+def test_a_models_shapes_are_the_callers_own():
+    """They are computed once a config; who takes a leaf out changes nobody else's."""
+    for scan in (True, False):
+        first, second = (abstract_params(CFG, scan=scan) for _ in range(2))
+        before = flatten_dict(second)
+        del first["decoder"]["norm"]["scale"]
+        assert flatten_dict(second) == before == flatten_dict(abstract_params(CFG, scan=scan))
+    assert "layers" not in second["decoder"] and "layers" in abstract_params(CFG, scan=True)["decoder"]
