@@ -102,9 +102,12 @@ def images(n, size=28, seed=0, scale=1.0):
 
 
 @torch.no_grad()
-def torch_logits(model, ids, pixels=None, mask=None):
-    """ids int [B,T] with IMAGE_TOKEN, pixels [I,H,W,3] in order over the rows -> float32 numpy [B,T,V]."""
+def torch_logits(model, ids, pixels=None, mask=None, positions=None):
+    """ids int [B,T] with IMAGE_TOKEN, pixels [I,H,W,3] in order over the rows -> float32 numpy [B,T,V].
+
+    Positions need a mask: without one transformers takes a gap for the beginning of another sequence.
+    """
     ids = torch.tensor(np.where(np.asarray(ids) == -200, IMAGE_ID, np.asarray(ids)))
     pixels = None if pixels is None else torch.tensor(pixels).permute(0, 3, 1, 2)
-    mask = None if mask is None else torch.tensor(mask)
-    return model(input_ids=ids, pixel_values=pixels, attention_mask=mask).logits.numpy()
+    mask, positions = (None if x is None else torch.tensor(x) for x in (mask, positions))
+    return model(input_ids=ids, pixel_values=pixels, attention_mask=mask, position_ids=positions).logits.numpy()
