@@ -4,6 +4,7 @@ Both run through what the package has: opening torch's files, forward pass, loss
 """
 
 import dataclasses
+import functools
 import json
 
 import flax.linen as nn
@@ -37,6 +38,7 @@ from llavamed_jax.models.towers.pixels import normalize
 from llavamed_jax.parallel.mesh import make_mesh, param_shardings
 from llavamed_jax.training.losses import cross_entropy
 from tests.support import tiny
+from tests.support.programs import apply
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -123,12 +125,14 @@ VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_att
               layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh", num_channels=3)
 
 
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    monkeypatch.setitem(DECODERS, "toy_norms", NormsConfig)
-    monkeypatch.setitem(TOWERS, "toy_tower", PlainConfig)
-    monkeypatch.setitem(decoders.MODULES, NormsConfig, NormsDecoder)
-    monkeypatch.setitem(towers.MODULES, PlainConfig, PlainTower)
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setitem(DECODERS, "toy_norms", NormsConfig)
+        monkeypatch.setitem(TOWERS, "toy_tower", PlainConfig)
+        monkeypatch.setitem(decoders.MODULES, NormsConfig, NormsDecoder)
+        monkeypatch.setitem(towers.MODULES, PlainConfig, PlainTower)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +148,9 @@ def theirs():
     return decoder.eval(), tower.eval()
 
 
-@pytest.fixture
-def built(theirs, tmp_path):
-    return joined(*theirs, TEXT, tmp_path)
+@pytest.fixture(scope="module")
+def built(theirs, registered, tmp_path_factory):
+    return joined(*theirs, TEXT, tmp_path_factory.mktemp("built"))
 
 
 def joined(decoder, tower, text, tmp_path):
@@ -169,8 +173,8 @@ def test_both_compute_what_transformers_computes(built, theirs, scan):
     with torch.no_grad():
         logits = decoder(torch.tensor(IDS[:, 5:]).long()).logits.numpy()
         states = tower(torch.tensor(PIXELS[0]).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states
-    np.testing.assert_allclose(model.apply({"params": params}, IDS[:, 5:]), logits, atol=2e-5)
-    got = model.apply({"params": params}, PIXELS[0], method=lambda model, x: model.vision_tower(x))
+    np.testing.assert_allclose(apply(model, params, IDS[:, 5:]), logits, atol=2e-5)
+    got = apply(model, params, PIXELS[0], method=lambda model, x: model.vision_tower(x))
     np.testing.assert_allclose(got, states[cfg.feature_layer].numpy(), atol=2e-5)
 
 
@@ -193,7 +197,7 @@ def test_biases_and_windows_of_a_new_kind_are_read(keys, window, theirs, tmp_pat
     checkpoint = joined(decoder, theirs[1], text, tmp_path)
     cfg = checkpoint.config
     assert (cfg.decoder.attention_bias, cfg.decoder.mlp_bias, cfg.decoder.sliding_window) == (True, False, window)
-    got = llava.Llava(cfg).apply({"params": load_params(checkpoint)}, IDS[:, [0, *[5] * 4, 6, 7, 8]])
+    got = apply(llava.Llava(cfg), load_params(checkpoint), IDS[:, [0, *[5] * 4, 6, 7, 8]])
     np.testing.assert_allclose(got, logits, atol=2e-5)
     again = NormsConfig.from_hf(json.loads(json.dumps(cfg.decoder.to_hf())))
     assert again == cfg.decoder
@@ -233,7 +237,8 @@ def test_llama_and_mistral_read_what_their_own_code_reads():
 def test_scanned_layers_refuse_caches(built):
     caches = init_cache(built.config.decoder, 1, 16)
     args = np.ones((1, 3, 32), np.float32), np.arange(3)[None], caches
-    step = lambda scan: llava.Llava(built.config, scan=scan).apply({"params": load_params(built, scan=scan)}, *args, method="step")
+    step = lambda scan: jax.eval_shape(functools.partial(apply, llava.Llava(built.config, scan=scan), method="step"),
+                                       load_params(built, scan=scan), *args)
     assert len(step(False)[1]) == len(caches)
     with pytest.raises(ValueError, match="scanned layers take no caches"):
         step(True)
@@ -272,12 +277,11 @@ def test_out_and_in_again(built, theirs, tmp_path, layout):
 def test_generation_with_the_cache(built, tmp_path):
     export(built, tmp_path / "out", "llava")
     model = lm.load(tmp_path / "out")
-    row, wanted = IDS[0].tolist(), []
-    for _ in range(3):
-        wanted.append(int(np.argmax(model.logits(np.array([row + wanted], np.int32), PIXELS[0])[0, -1])))
-        if wanted[-1] == 2:
-            break
-    assert model.generate_tokens([row], [list(PIXELS[0])], max_new_tokens=3) == [wanted]
+    row = IDS[0].tolist()
+    (found,) = model.generate_tokens([row], [list(PIXELS[0])], max_new_tokens=3)
+    assert (len(found) == 3 or found[-1] == 2) and 2 not in found[:-1]
+    logits = model.logits(np.array([row + found], np.int32), PIXELS[0])[0]  # without a cache, of what was generated
+    assert found == np.argmax(logits[len(row) - 1:-1], axis=-1).tolist()
 
 
 def test_what_is_not_registered_is_refused_with_what_is(monkeypatch):
