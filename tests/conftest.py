@@ -1,5 +1,6 @@
 """What every test file shares: eight virtual CPU devices, modest threads, and the material that only some machines have."""
 
+import gc
 import os
 import shutil
 import signal
@@ -16,6 +17,8 @@ for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "2")  # torch and BLAS beside XLA: more threads than cores only slow each other
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the loader's forks do not mix
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never asks a hub
+# Where an operation of a program comes from, which is walked and written for each of them; no test reads it.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # The tests of a run, and the commands that they start, compile each program once: in a folder of this run, not in the home
 # of whoever runs it. The processes of pytest-xdist inherit it.
 _PROGRAMS = None
@@ -44,6 +47,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "parity" in item.path.relative_to(ROOT).parts:
             item.add_marker(pytest.mark.torch)
+
+
+def pytest_collection_finish(session):
+    """What imports and collection made stays until the end: Python's collector need not walk through a million objects again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_unconfigure(config):

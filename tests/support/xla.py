@@ -4,7 +4,7 @@ import importlib.metadata
 
 # The programs are the same, and so is what their operations compute; the machine code is less optimised. Tiny models compile in a
 # fourth of the time.
-_QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+_QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_parallel_codegen_split_count=1"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # XLA aborts at a flag that it does not know
     _QUICK.append("--xla_cpu_use_fusion_emitters=false")
 
