@@ -85,14 +85,24 @@ def test_beyond_the_limit_the_run_does_not_start(recipe, packing, kind, tmp_path
 
 @PACKINGS
 @pytest.mark.parametrize("kind", LOST)
-def test_within_the_limit_they_are_counted_and_printed(recipe, packing, kind, tmp_path, monkeypatch, capsys):
+def test_within_the_limit_they_are_named_and_counted(recipe, packing, kind):
     lossy, reason = LOST[kind]
+    data = opened(recipe([*[GOOD] * 9, lossy, TEXT], **packing, batch_size=1))
+    lost, said = {"fewer markers": 2}.get(kind, 1), "\n".join(data.describe())
+    assert f"warning: {lost} images are left out" in said and reason in said
+    with contextlib.closing(data.training_batches()) as batches:
+        while batches.seen < 11:
+            next(batches)
+    assert (batches.seen, batches.surplus) == (11, lost), "an epoch"
+
+
+def test_a_run_prints_and_logs_how_many_are_left_out(recipe, tmp_path, monkeypatch, capsys):
+    lossy, reason = LOST["fewer markers"]
     monkeypatch.setattr(trainer, "make_train_step", FakeStep())
-    assert fit(recipe([*[GOOD] * 9, lossy, TEXT], **packing, epochs=1, total_steps="none", batch_size=1), tmp_path / "run")
-    lost = {"fewer markers": 2}.get(kind, 1)
+    assert fit(recipe([*[GOOD] * 9, lossy, TEXT], epochs=1, total_steps="none", batch_size=1), tmp_path / "run")
     said = capsys.readouterr().out
-    assert f"warning: {lost} images are left out" in said and reason in said and f"{lost} images left out" in said.splitlines()[-1]
-    assert runs.log_lines(tmp_path / "run")[-1]["images_skipped"] == lost
+    assert "warning: 2 images are left out" in said and reason in said and "2 images left out" in said.splitlines()[-1]
+    assert runs.log_lines(tmp_path / "run")[-1]["images_skipped"] == 2
 
 
 def test_among_text_the_share_of_the_images_counts(recipe):
@@ -160,8 +170,7 @@ def test_broken_images_add_to_those_that_are_lost(recipe, tmp_path):
             next(batches)
 
 
-@pytest.mark.parametrize("is_counted_together", [True, False])
-def test_broken_images_of_a_run_count_together_with_those_before_it_was_resumed(recipe, tmp_path, monkeypatch, is_counted_together):
+def test_broken_images_of_a_run_count_together_with_those_before_it_was_resumed(recipe, tmp_path, monkeypatch):
     """Six of ten, of which neither part of the run reads as many as are too many."""
     shutil.copytree(SAMPLE / "images", tmp_path / "images")
     (tmp_path / "images" / "broken.png").write_bytes(b"none")
@@ -170,10 +179,6 @@ def test_broken_images_of_a_run_count_together_with_those_before_it_was_resumed(
     run = lambda steps, limit=0.5: fit(recipe(records, batch_size=2, total_steps=steps, **{
         "data.images": tmp_path / "images", "data.skip_limit": limit}), tmp_path / "run")
     assert run(2) and 0 < store.read_meta(tmp_path / "run", 2)["progress"]["unreadable"] < 6
-    if not is_counted_together:
-        monkeypatch.setattr(trainer.Run, "_check_skipped", lambda self: None)
-        assert run(5)
-        return
     with pytest.raises(UserError, match="6 of the first 10 samples have an unreadable image, more than the allowed 50% .*; step 3 is saved"):
         run(5)
     assert run(5, limit=0.6), "a stopped run goes on with a higher limit"

@@ -1,5 +1,7 @@
 """Packing: rows that grain would make of the tokens and images themselves, an order that ends with its epoch, and decision 5."""
 
+import functools
+
 import grain
 import numpy as np
 import pytest
@@ -118,8 +120,7 @@ def test_batches_do_not_depend_on_workers_and_resuming_is_seamless(processor, da
 
     layout = Layout(T, SLOTS, 4, True)
     whole = take(batches_of(data, processor, layout=layout), 9)
-    for workers in (1, 2, 3):
-        assert_equal(whole[:6], take(batches_of(data, processor, layout=layout, num_workers=workers), 6))
+    assert_equal(whole[:6], take(batches_of(data, processor, layout=layout, num_workers=2), 6))
     first = batches_of(data, processor, layout=layout)
     ids = first.ids(first.state())
     take(first, 5)
@@ -343,11 +344,12 @@ def test_a_row_length_that_is_given_is_kept_and_holds_the_longest_sample():
 
 def test_image_slots_weigh_the_towers_work_against_empty_positions():
     rng = np.random.default_rng(0)
-    tokens = 576 + rng.integers(20, 200, 1500)
-    found = Lengths(tokens.astype(np.int32), np.ones(1500, np.int16), [], 0, 0, 0)
-    stream = Stream((1500,), (1500,), 0, True)
+    tokens = 576 + rng.integers(20, 200, 500)
+    found = Lengths(tokens.astype(np.int32), np.ones(500, np.int16), [], 0, 0, 0)
+    stream = Stream((500,), (500,), 0, True)
     cheap, dear = (Trial(stream, found, cost).image_slots(8192) for cost in (1, 3000))
-    work = lambda slots, cost: len(pack(tokens[stream.order(0)], found.images, 8192, slots)) * (8192 + slots * cost)
+    rows = functools.cache(lambda slots: len(pack(tokens[stream.order(0)], found.images, 8192, slots)))
+    work = lambda slots, cost: rows(slots) * (8192 + slots * cost)
     assert dear < cheap <= 8192 // 596
     assert work(cheap, 1) <= min(work(slots, 1) for slots in (dear, cheap - 1, cheap + 2))
     assert work(dear, 3000) <= min(work(slots, 3000) for slots in (cheap, cheap + 2))

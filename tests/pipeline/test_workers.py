@@ -12,30 +12,18 @@ import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from llavamed_jax.checkpoints.tree.store import newest_intact_step
 from llavamed_jax.pipeline import workers
-from llavamed_jax.utils import signals, worker_notes
+from llavamed_jax.utils import signals
 from tests.support import training_runs as runs
 from tests.support import xla
+from tests.support.numbered import Dying, Make
 from tests.support.training_runs import ROOT
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux's /proc")
-
-
-class Make:
-    """Number -> a result, of which some never come: the worker says what it reads and waits."""
-
-    def __init__(self, hanging=(), size=10):
-        self.hanging, self.size = hanging, size
-
-    def __call__(self, number):
-        worker_notes.reading(f"images/{number}.png")
-        time.sleep(60 if number in self.hanging else 0)
-        return {"number": number, "array": np.full(self.size, number, np.int32)}
 
 
 def hurry(monkeypatch, give_up=1.2):
@@ -77,25 +65,16 @@ def test_a_signal_does_not_lengthen_the_wait(slow_signal):
         assert time.monotonic() - begun < 30
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_worker_that_was_killed_is_named(count):
-    with started(Make(), 10**6, count) as found:
+def test_a_worker_that_was_killed_is_named():
+    with started(Make(), 10**6, 2) as found:
         assert next(found)["number"] == 0
-        worker = count - 1
-        pid = process_of(found, worker)
+        pid = process_of(found, 1)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(workers.WorkerError) as caught:
             for _ in range(20):
                 next(found)
-    assert str(caught.value) == (f"loader worker {worker} of {count} (process {pid}) was killed by SIGKILL, which the system sends "
+    assert str(caught.value) == (f"loader worker 1 of 2 (process {pid}) was killed by SIGKILL, which the system sends "
                                  "when memory runs out; fewer data.workers or a smaller batch_size need less memory")
-
-
-class Dying(Make):
-    def __call__(self, number):
-        if number == 1:
-            os.kill(os.getpid(), signal.SIGSEGV)
-        return super().__call__(number)
 
 
 def test_a_worker_that_dies_before_its_first_result_is_named():
@@ -113,15 +92,15 @@ def test_a_worker_that_only_grain_saw_end_is_named_by_its_turn(monkeypatch):
             next(found)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("count", [0, 2])
 def test_who_gives_nothing_is_named_with_what_it_reads_and_given_up(monkeypatch, capsys, count):
-    with started(Make(hanging=[2]), 9, count) as found:
-        assert [next(found)["number"] for _ in range(2)] == [0, 1]
+    with started(Make(hanging=[5]), 9, count) as found:
+        assert [next(found)["number"] for _ in range(5)] == [*range(5)]
         hurry(monkeypatch)
         with pytest.raises(workers.WorkerError) as caught:
             next(found)
-    who = rf"loader worker {2 % count} of {count} \(process \d+\)" if count else "the loader"
-    said = f"{who}, reading images/2.png, has returned nothing for 1 s"
+    who = r"loader worker 1 of 2 \(process \d+\)" if count else "the loader"
+    said = f"{who}, reading images/5.png, has returned nothing for 1 s"
     assert re.fullmatch(f"timeout: {said}", str(caught.value))
     assert re.fullmatch(f"(warning: {said}; waiting up to 1 s more\n)+", capsys.readouterr().err.replace("0 s", "1 s"))
 
@@ -245,7 +224,7 @@ def test_workers_fit_the_room_that_is_there(tmp_path, monkeypatch):
 
 
 IN_A_CONTAINER = """
-    import contextlib, sys
+    import contextlib
     from llavamed_jax.pipeline import lengths, loader
     from llavamed_jax.datasets.training import TrainingData
     from llavamed_jax.pipeline.packing import Layout, Plan, Stream
@@ -254,32 +233,39 @@ IN_A_CONTAINER = """
     from llavamed_jax.text.tokenizer import Tokenizer
     from llavamed_jax.pipeline.workers import WorkerError
 
-    def main(rows, asked, is_filled):
+    def batches_of(rows, asked):
         records = [{"id": i, "image": [IMAGE], "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A"}]}
                    for i in range(200)]
         data = TrainingData([MemoryRecords(records)])
         processor = Processor(None, Tokenizer.load(TOKENIZER), "v1.5:mistral_instruct", image_size=336)
         plan = Plan(Stream.of(data, 0), lengths.measure(data, processor, 640), Layout(640, 1, rows, False))
         batches = loader.batches(data, processor, plan, 640, num_workers=asked)
+        for _ in range(3):
+            assert next(batches)["pixel_values"].shape == (rows, 1, 336, 336, 3)
+        print(rows, "rows")
+        return batches
+
+    def main():
+        batches_of(128, 8).close()
+        batches = batches_of(16, 8)
         try:
-            for _ in range(40 if is_filled else 3):
-                assert next(batches)["pixel_values"].shape == (rows, 1, 336, 336, 3)
-                if is_filled:  # by another program
-                    with contextlib.suppress(OSError), open("/dev/shm/other", "ab", buffering=0) as file:
-                        while file.write(b"x" * 2**12):
-                            pass
+            for _ in range(37):
+                with contextlib.suppress(OSError), open("/dev/shm/other", "ab", buffering=0) as file:
+                    while file.write(b"x" * 2**12):  # by another program
+                        pass
+                next(batches)
         except WorkerError as error:
             print("error:", error)
         batches.close()
         print("done")
 
     if __name__ == "__main__":
-        main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["filled"])
+        main()
 """
 
 
-def in_a_container(tmp_path, mistral_tokenizer, *arguments):
-    """(stdout, stderr) of the program with 64 MB of shared memory, Docker's default."""
+def test_in_a_small_container_fewer_workers_start_and_a_memory_that_another_program_fills_is_named(tmp_path, mistral_tokenizer):
+    """With 64 MB of shared memory, Docker's default."""
     enter = ["unshare", "-m", "bash", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', "-"]
     if shutil.which("unshare") is None or subprocess.run([*enter, "true"], capture_output=True).returncode:
         pytest.skip("another /dev/shm cannot be mounted here: that takes Linux and root")
@@ -288,26 +274,17 @@ def in_a_container(tmp_path, mistral_tokenizer, *arguments):
     script = tmp_path / "program.py"
     code = textwrap.dedent(IN_A_CONTAINER).replace("IMAGE", repr(str(image))).replace("TOKENIZER", repr(str(mistral_tokenizer)))
     script.write_text(code)
-    done = subprocess.run([*enter, sys.executable, str(script), *arguments], env={**os.environ, "PYTHONPATH": str(ROOT)},
+    done = subprocess.run([*enter, sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, timeout=600)
-    return done.stdout, done.stderr
-
-
-@pytest.mark.parametrize("rows, said", [
-    ("128", "warning: no data.workers are started (a thread makes the batches), because /dev/shm has 67 MB free and a worker needs 179 MB for "
-            "batches of 44.7 MB; docker run --shm-size=8g gives more\n"),
-    ("16", "warning: only 2 of 8 data.workers are started, because /dev/shm has 67 MB free and a worker needs 22 MB for batches of 5.6 MB; "
-           "docker run --shm-size=8g gives more\n"),
-])
-def test_in_a_small_container_fewer_workers_start_and_it_goes_on(tmp_path, mistral_tokenizer, rows, said):
-    assert in_a_container(tmp_path, mistral_tokenizer, rows, "8") == ("done\n", said)
-
-
-def test_shared_memory_that_another_program_fills_is_named(tmp_path, mistral_tokenizer):
-    out, err = in_a_container(tmp_path, mistral_tokenizer, "16", "2", "filled")
-    assert out.splitlines()[-1] == "done" and out.startswith("error: loader worker ") and not err
+    has = "because /dev/shm has 67 MB free and a worker needs"
+    assert done.stderr.splitlines() == [
+        f"warning: no data.workers are started (a thread makes the batches), {has} 179 MB for batches of 44.7 MB; "
+        "docker run --shm-size=8g gives more",
+        f"warning: only 2 of 8 data.workers are started, {has} 22 MB for batches of 5.6 MB; docker run --shm-size=8g gives more"]
+    thread, two, error, end = done.stdout.splitlines()
+    assert (thread, two, end) == ("128 rows", "16 rows", "done") and error.startswith("error: loader worker ")
     assert re.search(r"was killed by SIGBUS, which the system sends when /dev/shm is full \(\d+ MB are free now\); fewer data.workers need "
-                     "less of it, and docker run --shm-size=8g gives more", out)
+                     "less of it, and docker run --shm-size=8g gives more", error)
 
 
 # ---- a run
