@@ -1,6 +1,7 @@
 """The house rules, read from the code itself: who may import whom, how long a file may be, what lies at the top."""
 
 import ast
+import functools
 import re
 import shutil
 import subprocess
@@ -52,20 +53,31 @@ def room(module: str) -> str:
     return (module.split(".") + [""])[1]
 
 
-def imports(path: Path, at_top_only: bool = False) -> set[str]:
-    """Every module that a file imports, by absolute name; `from a import b` gives `a.b` where that is a module."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """All of a file's syntax tree, its root first."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+@functools.cache
+def is_module(name: str) -> bool:
+    path = ROOT / name.replace(".", "/")
+    return name.startswith("llavamed_jax.") and (path.is_dir() or path.with_suffix(".py").is_file())
+
+
+@functools.cache
+def imports(path: Path, at_top_only: bool = False) -> frozenset[str]:
+    """Every module that a file imports, by absolute name; `from a import b` gives `a.b` where that is a module of ours."""
     found = set()
-    for node in tree.body if at_top_only else ast.walk(tree):
+    for node in nodes(path)[0].body if at_top_only else nodes(path):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} imports relatively; absolute names were expected"
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                as_path = ROOT / inner.replace(".", "/")
-                found.add(inner if as_path.is_dir() or as_path.with_suffix(".py").is_file() else node.module)
-    return found
+                found.add(inner if is_module(inner) else node.module)
+    return frozenset(found)
 
 
 def ours(names: set[str]) -> set[str]:
@@ -146,7 +158,7 @@ def test_every_command_line_cleans_what_it_prints():
     modules |= {name for name in COMMAND_LINES if (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()}
     assert len(modules) >= 4
     for module in sorted(modules):
-        tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
+        tree = nodes((ROOT / module.replace(".", "/")).with_suffix(".py"))[0]
         (main,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"]
         assert re.search(r"\b(common\.)?command\(", ast.unparse(main.body[-1])), f"{module}.main does not end in cli.common.command"
 
@@ -233,7 +245,7 @@ def test_dir_shows_what_is_meant_to_be_used():
 
 
 def calls(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             yield node, name, {keyword.arg: keyword.value for keyword in node.keywords}

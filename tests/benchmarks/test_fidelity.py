@@ -1,6 +1,7 @@
 """The two scripts behind docs/fidelity.md: the layer table at tiny shapes, and that every row names tests that exist."""
 
 import ast
+import functools
 import json
 import re
 
@@ -45,13 +46,18 @@ def test_the_layer_table_shows_where_a_mistake_begins(monkeypatch):
     assert rows["decoder layer 1"]["difference"] > 1e-2
 
 
+@functools.cache
+def functions_of(file):
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
 def test_every_row_names_tests_that_exist():
     known = [*fidelity.QUIRKS, *fidelity.OTHERS]
     selectors = {s for _, _, group, _ in fidelity.GROUPS for s in group} | {row[-1] for row in known} - {None}
     for selector in selectors:
         file, _, function = fidelity.place_of(selector).partition("::")
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        assert not function or function in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}, selector
+        assert not function or function in functions_of(file), selector
 
 
 def test_no_row_puts_off():

@@ -41,18 +41,13 @@ def test_a_process_and_a_segment_that_stay_are_found(tmp_path, monkeypatch):
 LOADER = """
 import sys
 from llavamed_jax.pipeline.workers import in_order
-from tests.benchmarks.test_kill import number
 if __name__ == "__main__":
-    results = in_order(number, 1000, 1)
+    results = in_order(str, 1000, 1)
     next(results)
     open(sys.argv[1], "w").close()
     while True:
         next(results)
 """
-
-
-def number(n):
-    return {"number": n}
 
 
 @pytest.mark.parametrize("way", ["stopped", "starved"])

@@ -11,6 +11,7 @@ import pytest
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.checkpoints.tree.model import write_model
+from llavamed_jax.cli.train import main
 from llavamed_jax.errors import UsageError
 from llavamed_jax.parallel import agreement
 from llavamed_jax.parallel.mesh import make_mesh
@@ -145,6 +146,16 @@ def test_flags_packages_and_code_are_compared(cfg, tmp_path, several, monkeypatc
     error = several(here, there)
     assert type(error) is (UsageError if what.startswith("--") else agreement.StartedOtherwise)
     assert f"process 0: {what} (" in str(error) and str(error).count("in process 1") == 1, str(error)
+
+
+def test_a_recipe_is_compared_before_anything_is_opened_or_written(tmp_path, monkeypatch, capsys):
+    def refuse(make):
+        assert make()["the config key 'optimizer.learning_rate'"] == 0.25 and make()["--workdir"] == str(tmp_path / "run")
+        raise UsageError("started otherwise")
+
+    monkeypatch.setattr(agreement, "check_same", refuse)
+    status = main([*command(tmp_path, **{"optimizer.learning_rate": 0.25}), "--workdir", str(tmp_path / "run")])
+    assert (status, *capsys.readouterr()) == (2, "", "error: started otherwise\n") and not list(tmp_path.iterdir())
 
 
 def test_where_a_host_writes_and_how_a_path_is_written_may_differ(cfg, tmp_path, several, monkeypatch):
@@ -303,9 +314,8 @@ def command(tmp_path, **changes):
     return ["--config", f"{ROOT}/configs/demo.py:vqa", *(f"--config.{key}={value}" for key, value in keys.items() if value is not None)]
 
 
-@pytest.mark.parametrize("key, first, second", [("optimizer.learning_rate", 0.001, 0.002),
-                                                pytest.param("total_steps", 2, 4, marks=pytest.mark.slow),
-                                                pytest.param("init", "start", "other", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("key, first, second", [("total_steps", 2, 4), ("init", "start", "other")])
 def test_two_processes_of_other_recipes_end_with_one_sentence(tmp_path, key, first, second):
     runs.write_start(tmp_path / "start")
     running = two("train", *command(tmp_path, **{key: None}), "--workdir", str(tmp_path / "run"),

@@ -1,8 +1,11 @@
 """What the loader's workers compute in tests, in a file of its own: each worker imports the file of what it computes."""
 
+import logging
 import os
 import signal
+import sys
 import time
+import warnings
 
 import numpy as np
 
@@ -28,3 +31,16 @@ class Dying(Make):
         if number == 1:
             os.kill(os.getpid(), signal.SIGSEGV)
         return super().__call__(number)
+
+
+class Printing:
+    """Prints a text in each way, and warns."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def __call__(self, number):
+        print("printed", self.text, file=sys.stderr, flush=True)
+        warnings.warn(f"warned {self.text}", stacklevel=1)
+        logging.getLogger("tests.worker").warning("logged %s", self.text)
+        return {"number": number}

@@ -61,8 +61,7 @@ def end(process, timeout=20):
         process.kill()
 
 
-@pytest.mark.parametrize("number", [INT, TERM, HUP])
-@pytest.mark.parametrize("work", ["time.sleep(60)", NATIVE])
+@pytest.mark.parametrize("number, work", [(INT, "time.sleep(60)"), (TERM, NATIVE), (HUP, "time.sleep(60)")])
 def test_with_nothing_to_save_the_first_signal_ends_it(number, work):
     """In a native call too, and what was begun is taken back."""
     process = start(f"with signals.undone_by(lambda: os.write(1, b'taken back\\n')):\n"
@@ -81,8 +80,7 @@ def test_the_first_signal_sets_a_flag_that_the_loop_reads(number):
     assert (process.returncode, out, err) == (75, "saved\n", f"{signal.Signals(number).name}: the step is saved\n")
 
 
-@pytest.mark.parametrize("second", [INT, TERM, HUP])
-@pytest.mark.parametrize("work", ["while True: time.sleep(0.01)", NATIVE])
+@pytest.mark.parametrize("second, work", [(INT, NATIVE), (TERM, "while True: time.sleep(0.01)"), (HUP, "while True: time.sleep(0.01)")])
 def test_a_second_signal_ends_what_does_not_read_the_flag(second, work):
     process = start(f"begin('error: ended by a second {{name}}', 3)\n{work}")
     process.send_signal(TERM)

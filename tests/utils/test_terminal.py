@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +28,7 @@ from llavamed_jax.pipeline import workers
 from llavamed_jax.training.log import MetricsWriter, Sample
 from llavamed_jax.utils import terminal
 from tests.checkpoints.test_convert import CFG as TINY
+from tests.support.numbered import Printing
 from tests.support.openai_server import OpenAiServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -206,18 +206,8 @@ def test_reasons_without_end_are_counted(capsys):
     assert len(said) == 9 and said[-1] == "warning: 60 of 100 answers ended with 12 other values of finish_reason"
 
 
-class Printing:
-    """What a loader's worker runs: prints in each way, and warns."""
-
-    def __call__(self, number):
-        print("printed", HOSTILE, file=sys.stderr, flush=True)
-        warnings.warn(f"warned {HOSTILE}", stacklevel=1)
-        logging.getLogger("tests.worker").warning("logged %s", HOSTILE)
-        return {"number": number}
-
-
 def test_what_a_loader_s_worker_prints(capfd):
-    with contextlib.closing(workers.in_order(Printing(), 2, 1)) as found:
+    with contextlib.closing(workers.in_order(Printing(HOSTILE), 2, 1)) as found:
         assert [each["number"] for each in found] == [0, 1]
     said = capfd.readouterr().err
     assert said.count("printed " + SHOWN) == 2 and "warned " + SHOWN in said and "logged " + SHOWN in said
