@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from llavamed_jax.errors import UserError
 from llavamed_jax.training.workdir import cut_back
+from llavamed_jax.utils.event_files import Event, EventsWriter, SessionLog, Summary, summary
 from llavamed_jax.utils.files import is_at
 
 

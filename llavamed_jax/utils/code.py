@@ -20,6 +20,7 @@ def code_sha256() -> str:
     return digest.hexdigest()
 
 
+@functools.cache
 def version(package: str) -> str | None:
     """Returns the version of an installed package; None if it is not installed."""
     try:

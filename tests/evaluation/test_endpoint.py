@@ -226,7 +226,7 @@ def kept(workdir):
     return [json.loads(line)["question"] for line in lines]
 
 
-def test_a_killed_evaluation_goes_on_without_asking_again(tmp_path):
+def test_a_killed_evaluation_goes_on_without_asking_again(hurried, tmp_path, capsys):
     with OpenAiServer(yes_or_no, fault_rate=0.1, faults=("429", "500", "malformed", "dropped"), delay=0.1) as server:
         first = start(server, tmp_path)
         wait_for_answers(server, 40)
@@ -239,9 +239,8 @@ def test_a_killed_evaluation_goes_on_without_asking_again(tmp_path):
         asked_before = Counter(each.asked for each in server.log if each.fault is None)
         server.log.clear()
         server.delay = 0.0
-        second = start(server, tmp_path)
-        _, said = second.communicate(timeout=120)
-        assert second.returncode == 0 and f"{len(places)} answers of an earlier start are reused" in said
+        assert cli.main([*ARGV, "--endpoint", server.url, "--workdir", str(tmp_path)]) == 0
+        assert f"{len(places)} answers of an earlier start are reused" in capsys.readouterr().err
     assert 30 <= len(places) <= 40 + 8, "each answer is on the disk soon after it came"
     samples = read_predictions(tmp_path / "predictions.jsonl")
     answered = [each for each in server.log if each.fault is None and sent(each.body)[0] != "Which organ system is shown in this image?"]
@@ -254,15 +253,14 @@ def test_a_killed_evaluation_goes_on_without_asking_again(tmp_path):
         assert each["text"] == yes_or_no({"messages": request}), "each answer stands at its own question"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_it_with_every_answer_kept(number, tmp_path):
+def test_a_signal_stops_it_with_every_answer_kept(tmp_path):
     with OpenAiServer(yes_or_no, delay=0.15) as server:
         run = start(server, tmp_path)
         wait_for_answers(server, 20)
         server.delay = 30
         time.sleep(0.4)
         begun = time.monotonic()
-        run.send_signal(number)
+        run.send_signal(signal.SIGINT)
         _, said = run.communicate(timeout=60)
         assert time.monotonic() - begun < 20, "requests that are under way are cancelled"
     places = kept(tmp_path)
@@ -327,22 +325,23 @@ def test_a_key_that_is_refused_is_not_printed(hurried, tmp_path, monkeypatch, ca
     assert "answers 401 Unauthorized: Incorrect API key provided: [key]" in said and "secret" not in said
 
 
-@pytest.mark.parametrize("source", ["endpoint", "predictions"])
-def test_nothing_of_jax_is_imported(source, tmp_path):
-    """A machine that only asks a server, or only scores, needs no accelerator's software."""
+def test_nothing_of_jax_or_torch_is_imported(tmp_path):
+    """A machine that only asks a server, or only scores, needs no accelerator's software, and waits for none to be imported."""
     code = ("import sys\n"
             "class Absent:  # not None in sys.modules, which scipy takes for a module\n"
             "    def find_spec(name, path=None, target=None):\n"
             "        if name.split('.')[0] in ('jax', 'jaxlib', 'flax', 'optax'): raise ImportError(name)\n"
             "sys.meta_path.insert(0, Absent)\n"
-            "from llavamed_jax.cli.eval import main\nsys.exit(main())")
+            "from llavamed_jax.cli.eval import main\n"
+            "middle = sys.argv.index('and')\n"
+            "sys.exit(main(sys.argv[1:middle]) or main(sys.argv[middle + 1:]) or 'torch' in sys.modules)")
     predictions = tmp_path / "p.jsonl"
     lines = ({"question_id": sample.question_id, "text": "yes"} for sample in read_vqa_rad(SAMPLE, "test", "clean"))
     predictions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = ["--config", str(ROOT / "configs/eval/vqa_rad.py"), f"--config.data.root={SAMPLE}", "--workdir"]
     with OpenAiServer(yes_or_no) as server:
-        words = ["--predictions", str(predictions)] if source == "predictions" else ["--endpoint", server.url, "--model", "tiny"]
-        done = subprocess.run([sys.executable, "-c", code, "--config", str(ROOT / "configs/eval/vqa_rad.py"),
-                               f"--config.data.root={SAMPLE}", "--workdir", str(tmp_path / "out"), *words],
-                              cwd=ROOT, capture_output=True, text=True, timeout=120)
+        asks = [*common, str(tmp_path / "asked"), "--endpoint", server.url, "--model", "tiny"]
+        scores = [*common, str(tmp_path / "scored"), "--predictions", str(predictions)]
+        done = subprocess.run([sys.executable, "-c", code, *asks, "and", *scores], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "report.html").exists()
+    assert (tmp_path / "asked" / "report.html").exists() and (tmp_path / "scored" / "report.html").exists()

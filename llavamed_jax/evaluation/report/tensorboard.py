@@ -26,7 +26,7 @@ def step_of(checkpoint: str) -> int:
 
 def write(folder: Path, metrics: Mapping, step: int) -> None:
     """Writes the numbers of the metrics to `FOLDER/tensorboard`, into one file with the suffix `.eval`."""
-    from tensorboardX import SummaryWriter
+    from llavamed_jax.utils.event_files import SummaryWriter
 
     with SummaryWriter(str(folder / "tensorboard"), filename_suffix=_SUFFIX) as writer:
         for name, value in scalars(metrics):
