@@ -1,4 +1,4 @@
-"""A key planted in every place of a server's replies is found in no output and in no file, of the model that answers and of a judge."""
+"""A key planted in every place of a server's replies is in nothing that the client hands on, and in no output and no file of a command."""
 
 import base64
 import functools
@@ -151,9 +151,35 @@ def test_there_are_many_places():
     assert len(NAMES) > 60
 
 
+def key_of(name):
+    return PLAIN if "host of its name" in name else KEY
+
+
 @pytest.mark.parametrize("name", NAMES)
+def test_a_planted_key_is_in_nothing_that_the_client_hands_on(name, capsys):
+    """Replies, errors and notices: all that an evaluation or a judge ever sees of a server."""
+    key, question = key_of(name), [{"role": "user", "content": "What is it?"}]
+    with OpenAiServer(lambda body: places(key, server.origin)[name]) as server:
+        service = client.Service(server.url, "tiny", api_key=key, retries=1, backoff=0.0001)
+        try:
+            found = [reply for _, reply in service.each(enumerate([question] * 3), max_tokens=16, temperature=0.0)]
+        except UserError as error:  # one that ends all
+            found = [error]
+        assert server.log, "it was asked"
+    assert found and all(isinstance(each, client.Reply | UserError) for each in found)
+    told = [f"{each.text}\n{each.finish_reason}" if isinstance(each, client.Reply) else str(each) for each in found]
+    assert not leaks("\n".join([*map(repr, found), *told, *service.again, *capsys.readouterr()]), key)
+
+
+# One reply of each kind that the commands tell apart: an answer, an empty one, one that is cut, counts, a question that fails, a server
+# that ends all, a retry, a connection that breaks, a reply that cannot be read.
+KINDS = ["answer's middle", "finish_reason", "error of a filter", "answer, cut by its limit", "usage", "error as text", "error message",
+         "redirect with a password", "Retry-After", "status line that is none", "half of JSON", "header"]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_a_planted_key_is_found_nowhere(name, asked, tmp_path, monkeypatch, capsys):
-    key = PLAIN if "host of its name" in name else KEY
+    key = key_of(name)
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with OpenAiServer(lambda body: places(key, server.origin)[name]) as server:
         words = [["--endpoint", server.url, "--model", "tiny"],
@@ -174,7 +200,7 @@ def test_the_test_sees_a_leak():
     for name, said in places(KEY, "").items():
         text = json.dumps(said) if isinstance(said, dict) else b"".join(said.pieces).decode("latin-1")
         if "packed" not in name and "in parts" not in name:
-            assert leaks(text, PLAIN if "host of its name" in name else KEY), name
+            assert leaks(text, key_of(name)), name
     assert not leaks("An answer without it, sk-Zx9+q and nothing more; aGVsbG8gd29ybGQsIGhlbGxvIHdvcmxk", KEY)
 
 
