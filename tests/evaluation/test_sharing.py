@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from llavamed_jax.cli import eval as cli
 from llavamed_jax.errors import UserError
 from llavamed_jax.evaluation.answering import sharing
 from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.evaluation.answering.resume import Partial
 from llavamed_jax.parallel import distributed
 from tests.support import xla
+from tests.support.fake_eval import Model
 from tests.support.several import ends, two
 from tests.support.training_runs import write_start
 
@@ -85,19 +87,18 @@ def kept(workdir):
     return {file.name: len(file.read_text().splitlines()) - 1 for file in workdir.glob("predictions.jsonl*.partial")}
 
 
-@pytest.fixture(scope="module")
-def by_one(tmp_path_factory):
+@pytest.fixture
+def by_one(tmp_path, monkeypatch):
     """What one process makes of the demo's questions, with a model that computes nothing."""
-    workdir = tmp_path_factory.mktemp("one")
-    done = subprocess.run([sys.executable, "-m", "tests.support.fake_eval", "0", "--", *DEMO, "--workdir", str(workdir)],
-                          cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return workdir
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli.common, "load_assistant", lambda args: Model(0, -1))
+    assert cli.main([*DEMO, "--workdir", str(tmp_path / "one")]) == 0
+    return tmp_path / "one"
 
 
 def test_two_processes_answer_as_one_and_one_that_is_killed_ends_both(by_one, tmp_path):
     """Killed, started again, finished: the predictions are those of one process, and every file is there once."""
+    tmp_path = tmp_path / "two"
     running = two("tests.support.fake_eval", "0.1", "--", *DEMO, "--workdir", str(tmp_path))
     deadline = time.monotonic() + 60
     while (len(kept(tmp_path)) < 2 or min(kept(tmp_path).values()) < 5) and time.monotonic() < deadline:
@@ -137,19 +138,17 @@ def test_a_process_that_fails_says_why_to_all(tmp_path):
     assert f"error: process 1 failed: {said_there.removeprefix('error: ').strip()}" in said.splitlines()
 
 
-@pytest.mark.parametrize("first, second, named", [
-    ([], ["--config.generation.max_new_tokens=7"], "'generation.max_new_tokens' (16 in process 0, 7 in process 1)"),
-    ([], ["--config.seed=1"], "the config key 'seed' (0 in process 0, 1 in process 1)"),
-    (DEMO[2:], ["--checkpoint", "runs/y"], "--checkpoint ('runs/x' in process 0, 'runs/y' in process 1)"),
-    ([], ["--dtype", "bfloat16"], "--dtype (missing in process 0)"),
-    ([], ["--control", "image"], "--control ([] in process 0, ['image'] in process 1)"),
-])  # fmt: skip
-def test_processes_that_were_started_with_something_else_end_before_anything_is_asked(first, second, named, tmp_path):
-    running = two("tests.support.fake_eval", "0.1", "--", *DEMO[:4 - len(first)], "--workdir", str(tmp_path / "w"), only_first=first,
-                  only_second=second)
-    found = ends(running)
+def test_processes_that_were_started_with_something_else_end_before_anything_is_asked(tmp_path):
+    """A flag and a key of the config that both have, and what only one has: all of it is named at once."""
+    both, first, second = DEMO[:2], DEMO[2:], ["--checkpoint", "runs/y", "--config.generation.max_new_tokens=7", "--config.seed=1",
+                                               "--dtype", "bfloat16", "--control", "image"]
+    found = ends(two("tests.support.fake_eval", "0.1", "--", *both, "--workdir", str(tmp_path / "w"), only_first=first, only_second=second))
     for status, _, said in found:
-        assert status == 2 and "process 1 was started differently from process 0: " in said and named in said
+        assert status == 2 and "process 1 was started differently from process 0: " in said
+        for named in ("'generation.max_new_tokens' (16 in process 0, 7 in process 1)", "--dtype (missing in process 0)",
+                      "the config key 'seed' (0 in process 0, 1 in process 1)", "--control ([] in process 0, ['image'] in process 1)",
+                      "--checkpoint ('runs/x' in process 0, 'runs/y' in process 1)"):
+            assert named in said, said
         assert "the same was expected in all processes" in said and "Traceback" not in said
     assert found[0][2].splitlines()[-1] == found[1][2].splitlines()[-1]
     assert not list(tmp_path.glob("w/*"))
