@@ -1,6 +1,7 @@
 """What the answers of an evaluation follow from: one input is changed at a time between a stop and a new start, and no answer of before
 may be taken over; where nothing is changed, all are."""
 
+import functools
 import json
 import shutil
 import signal
@@ -116,6 +117,28 @@ def root(made, tmp_path, monkeypatch):
     shutil.copytree(made, tmp_path / "r")
     monkeypatch.chdir(tmp_path / "r")
     return tmp_path / "r"
+
+
+@pytest.fixture(scope="module")
+def stopped_once(made, tmp_path_factory):
+    """Flags -> the folder `made` with an evaluation in `w` that a signal stopped, which is made once."""
+    @functools.cache
+    def make(*flags):
+        folder = shutil.copytree(made, tmp_path_factory.mktemp("stopped") / "r")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            assert start(patch, "w", *flags, stops_after=5) == 75
+        return folder
+    return make
+
+
+@pytest.fixture
+def stopped(stopped_once, tmp_path, monkeypatch):
+    """Flags -> a copy of it, in which the test goes on."""
+    def enter(*flags):
+        monkeypatch.chdir(shutil.copytree(stopped_once(*flags), tmp_path / "r"))
+        return tmp_path / "r"
+    return enter
 
 
 def start(monkeypatch, workdir, *more, stops_after=None):
@@ -268,32 +291,36 @@ def edit_sentencepiece():
     Path("model/tokenizer.model").write_bytes(proto.SerializeToString())
 
 
+# Of one change of each kind the evaluation is finished too, and its answers compared with those of one that never stopped.
+FINISHED = ["the second shard", "a tower of a tree", "--template", "generation.num_beams", "a question", "two images exchanged"]
+
+
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_has_changed_is_named_and_nothing_is_taken_over(name, root, monkeypatch, capsys):
+def test_what_has_changed_is_named_and_nothing_is_taken_over(name, stopped, monkeypatch, capsys):
     flags, change, more, named = CHANGES[name]
-    assert start(monkeypatch, "w", *flags, stops_after=5) == 75
+    root = stopped(*flags)
     kept, n = (root / "w" / "predictions.jsonl.partial").read_bytes(), num_kept("w")
     assert 5 <= n < 12
     if change is not None:
         change()
-    flags = [*([] if "--checkpoint" in more else flags), *more]
+    flags, is_finished = [*([] if "--checkpoint" in more else flags), *more], name in FINISHED
     capsys.readouterr()
-    assert start(monkeypatch, "w", *flags) == 0
+    assert start(monkeypatch, "w", *flags, stops_after=None if is_finished else 1) == (0 if is_finished else 75)
     said = capsys.readouterr().err
     assert f"its {n} answers belong to another evaluation (different: " in said and named in said.partition("the file is renamed")[0], said
     assert "reused" not in said and "all questions are asked again" in said
-    assert start(monkeypatch, "fresh", *flags) == 0
-    assert texts("w") == texts("fresh") and len(texts("w")) == 12
+    if is_finished:
+        assert start(monkeypatch, "fresh", *flags) == 0
+        assert texts("w") == texts("fresh") and len(texts("w")) == 12
     (aside,) = (root / "w").glob("predictions.jsonl.of-*.partial")
     assert aside.read_bytes() == kept, "nothing is lost"
 
 
 @pytest.mark.parametrize("flags", [[], TREE, TOWER, OWN_TOKENIZER, ["--mesh", "data=1,tp=2"], ["--config.seed=3"]],
                          ids=" ".join)
-def test_where_nothing_has_changed_all_is_taken_over(flags, root, monkeypatch, capsys):
+def test_where_nothing_has_changed_all_is_taken_over(flags, stopped, monkeypatch, capsys):
     """Nor where only what is computed of the answers has, or how a path is written, or when a file was last written."""
-    assert start(monkeypatch, "w", *flags, stops_after=5) == 75
-    n = num_kept("w")
+    root, n = stopped(*flags), num_kept("w")
     for file in [*root.glob("model/*"), *root.glob("tree/**/*.json"), *root.glob("set/*.png")]:
         file.touch()
     edit_question(0,
@@ -327,19 +354,19 @@ def test_going_back_takes_over_what_was_set_aside(root, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("what", ["the code", "the package jax", "the package pillow"])
-def test_other_code_asks_anew(what, root, monkeypatch, capsys):
-    assert start(monkeypatch, "w", stops_after=5) == 75
+def test_other_code_asks_anew(what, stopped, monkeypatch, capsys):
+    stopped()
     if what == "the code":
         monkeypatch.setattr(asked, "code_sha256", lambda: "0" * 64)
     else:
         own, name = asked.version, what.split()[-1]
         monkeypatch.setattr(asked, "version", lambda package: "9" if package == name else own(package))
-    assert start(monkeypatch, "w") == 0
+    assert start(monkeypatch, "w", stops_after=1) == 75
     assert f"another evaluation (different: {what}" in capsys.readouterr().err
 
 
-def test_another_machine_is_said(root, monkeypatch, capsys):
-    assert start(monkeypatch, "w", stops_after=5) == 75
+def test_another_machine_is_said(stopped, monkeypatch, capsys):
+    stopped()
     n = num_kept("w")
     monkeypatch.setenv("NPROC", "3")
     assert start(monkeypatch, "w") == 0
