@@ -79,6 +79,11 @@ def test_a_line_that_answers_something_else_is_refused(change, which, tmp_path, 
     error = capsys.readouterr().err
     assert f"do not answer the {len(SAMPLES)} questions" in error and sentence.format(id=own[0]["question_id"]) in error
     assert error.startswith("error: ") and error.count("\n") == 1 and not (tmp_path / "w").exists()
+
+
+def test_lines_that_answer_the_questions_are_taken_without_a_word(tmp_path, capsys):
+    (tmp_path / "good.jsonl").write_text(to_jsonl(predictions(SAMPLES)))
+    capsys.readouterr()
     assert evaluate(tmp_path / "w", "--predictions", tmp_path / "good.jsonl", "--against", tmp_path / "good.jsonl") == 0
     assert capsys.readouterr().err == ""
 

@@ -366,20 +366,15 @@ def test_the_papers_metrics_know_no_reader():
     assert result["paper"]["closed_recall"] == 0 and result["paper"]["closed_accuracy_substring"] == 100
 
 
-@pytest.mark.parametrize("text",
-                         ["*" * 50_000, "* " * 50_000, "(" * 50_000, "yes " * 20_000, "yes, there " * 10_000,
-                          "\\boxed{" * 9_000, "- " * 50_000,
-                                  "'" * 50_000, "Answer: " * 10_000, ". " * 50_000, "<b>" * 20_000, "__a" * 20_000,
-                          "~~a" * 20_000, "<del>" * 20_000, "<think>" * 20_000,
-                          " " * 50_000 + "x",
-                                  ". " * 50_000 + "x", "\n " * 50_000 + "x", "yes" + " ." * 50_000 + "x",
-                          "(" * 20_000 + ")" * 20_000])  # fmt: skip
+@pytest.mark.parametrize("text", [
+    "*" * 20_000, "* " * 20_000, "(" * 20_000, "yes " * 8_000, "yes, there " * 4_000, "\\boxed{" * 3_600, "- " * 20_000, "'" * 20_000,
+    "Answer: " * 4_000, ". " * 20_000, "<b>" * 8_000, "__a" * 8_000, "~~a" * 8_000, "<del>" * 8_000, "<think>" * 8_000, " " * 20_000 + "x",
+    ". " * 20_000 + "x", "\n " * 20_000 + "x", "yes" + " ." * 20_000 + "x", "(" * 8_000 + ")" * 8_000])
 def test_a_long_answer_takes_no_time(text):
     begun = time.process_time()
-    for gold in ("yes", "left lung"):
-        assert read_choice(text, ("a", "b")) is None and not is_strictly_right(text, "left lung")
-        open_scores(text, gold)[0], is_strictly_right(text, gold)
-    assert time.process_time() - begun < 5
+    assert read_choice(text, ("a", "b")) is None and not is_strictly_right(text, "left lung")
+    open_scores(text, "left lung"), open_scores(text, "yes"), is_strictly_right(text, "yes")
+    assert time.process_time() - begun < 2
 
 
 @pytest.mark.parametrize("text, gold, is_exact, f1", [

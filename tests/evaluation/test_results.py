@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -74,10 +75,19 @@ def contents(workdir):
 METRICS = {"dataset": "vqa_rad", "split": "test"}
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The workdir of an evaluation of a model that says yes."""
+    workdir = tmp_path_factory.mktemp("finished") / "w"
+    with pytest.MonkeyPatch.context() as patch:
+        assert evaluate(patch, workdir)[0] == 0
+    return workdir
+
+
 @pytest.mark.parametrize("victim", ["predictions.jsonl", "report.html", "metrics.json", "events"])
-def test_a_disk_that_is_full_leaves_the_results_as_they_were(victim, tmp_path, monkeypatch, capsys):
-    assert evaluate(monkeypatch, tmp_path)[0] == 0
-    before = contents(tmp_path)
+def test_a_disk_that_is_full_leaves_the_results_as_they_were(victim, finished, tmp_path, monkeypatch, capsys):
+    workdir = shutil.copytree(finished, tmp_path / "w")
+    before = contents(workdir)
 
     def full(descriptor):
         if os.readlink(f"/proc/self/fd/{descriptor}").endswith(victim):
@@ -88,16 +98,18 @@ def test_a_disk_that_is_full_leaves_the_results_as_they_were(victim, tmp_path, m
         if victim == "events":
             patched.setattr(tensorboard, "write", lambda *_: full(os.open("/dev/null", os.O_RDONLY)) or (_ for _ in ()).throw(
                 OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-        assert evaluate(monkeypatch, tmp_path, "no")[0] == 1
+        assert evaluate(monkeypatch, workdir, "no")[0] == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert f"the results in {tmp_path} cannot be written: No space left on device; the earlier results are unchanged" in error
-    assert f"{len(SAMPLES)} answers are kept in {tmp_path}" in error
-    kept = contents(tmp_path)
+    assert f"the results in {workdir} cannot be written: No space left on device; the earlier results are unchanged" in error
+    assert f"{len(SAMPLES)} answers are kept in {workdir}" in error
+    kept = contents(workdir)
     assert kept.pop("predictions.jsonl.partial") and kept == before
-    status, model = evaluate(monkeypatch, tmp_path, "no")
+    if victim != "metrics.json":  # what lies there is the same for each
+        return
+    status, model = evaluate(monkeypatch, workdir, "no")
     assert status == 0 and model.seen == 0, "nothing is asked twice"
-    assert {line["text"] for line in map(json.loads, open(tmp_path / "predictions.jsonl"))} == {"no"}
-    after = contents(tmp_path)
+    assert {line["text"] for line in map(json.loads, open(workdir / "predictions.jsonl"))} == {"no"}
+    after = contents(workdir)
     assert after.keys() - {name for name in after if "events" in name} == before.keys() - {name for name in before if "events" in name}
     assert all(b"no" in after[name] and after[name] != before[name] for name in ("metrics.json", "report.html",
                                                                                  "predictions.jsonl"))
@@ -155,18 +167,19 @@ def test_results_of_another_evaluation_do_not_stay_beside_the_new_ones(tmp_path,
     assert f"{tmp_path / 'predictions_control_noise.jsonl'}: removed, because it belongs to another evaluation" in capsys.readouterr().err
 
 
-def test_scores_of_a_file_are_not_laid_beside_the_answers_of_another_model(tmp_path, monkeypatch, capsys):
-    (tmp_path / "p.jsonl").write_text(to_jsonl(predictions(SAMPLES)))
-    assert evaluate(monkeypatch, tmp_path / "w", "no")[0] == 0
-    before = contents(tmp_path / "w")
-    assert score(tmp_path / "w", tmp_path / "p.jsonl") == 2
+def test_scores_of_a_file_are_not_laid_beside_the_answers_of_another_model(finished, tmp_path, capsys):
+    same, other = tmp_path / "same.jsonl", tmp_path / "other.jsonl"
+    same.write_text(to_jsonl(predictions(SAMPLES)))
+    other.write_text(to_jsonl([each | {"text": "no"} for each in predictions(SAMPLES)]))
+    workdir = shutil.copytree(finished, tmp_path / "w")
+    before = contents(workdir)
+    capsys.readouterr()
+    assert score(workdir, other) == 2
     assert "w holds predictions.jsonl of another evaluation" in capsys.readouterr().err
-    assert contents(tmp_path / "w") == before
-    assert score(tmp_path / "w", tmp_path / "w" / "predictions.jsonl") == 0, "scored again in its place"
-    assert evaluate(monkeypatch, tmp_path / "v", "yes")[0] == 0
-    assert score(tmp_path / "v", tmp_path / "p.jsonl") == 0, "the same answers"
-    assert score(tmp_path / "u", tmp_path / "p.jsonl") == 0 == score(tmp_path / "u",
-                                                                     tmp_path / "w" / "predictions.jsonl"), "no answers there"
+    assert contents(workdir) == before
+    assert score(workdir, workdir / "predictions.jsonl") == 0, "scored again in its place"
+    assert score(workdir, same) == 0, "the same answers"
+    assert score(tmp_path / "u", same) == 0 == score(tmp_path / "u", other), "no answers there"
 
 
 def test_scores_of_a_file_are_not_laid_beside_a_stopped_evaluation(tmp_path, capsys):
