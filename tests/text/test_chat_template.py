@@ -276,9 +276,6 @@ HOSTILE = {
     "a long refusal": ("{{ raise_exception('x' * 10000) }}", "refuses the messages: x{300}…$"),
     "images left out": ("{{ messages[-1].role }}", "cannot be rendered: it writes 0 <image> for 1 images"),
     "images twice": ("<image><image> Is it normal?", "cannot be rendered: it writes 2 <image> for 1 images"),
-    "loops for ever": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-                       "cannot be rendered: it takes more than 3 s of processor time"),
-    "a number of many digits": ("{{ 9 ** (9 ** 9) }}", "cannot be rendered: it takes more than 3 s of processor time"),
     "a huge text": ("{{ 'x' * 10**12 }}", _MEMORY),
     "a huge output": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", _MEMORY),
     "a large output": ("{{ '<image>' + 'x' * 2**25 }}",
@@ -298,13 +295,17 @@ def test_hostile_templates_are_one_sentence(name):
     assert by_us(STRINGS["joined"], [{"role": "user", "content": "Q"}]).startswith("<|im_start|>user\nQ")  # and others go on
 
 
-def test_a_template_that_looped_is_not_tried_again():
-    source = "{% for i in range(99999) %}{% for j in range(99998) %}{% endfor %}{% endfor %}"
+def test_a_template_that_takes_too_long_is_one_sentence_and_is_not_tried_again(monkeypatch):
+    """A power of many digits, which nothing inside of Python can interrupt; a second is given here, not three."""
+    monkeypatch.setattr(template_process, "CPU_SECONDS", 1)
+    template_process._stop()  # the one that gives three
     for limit in (100, 1):
         start = time.monotonic()
-        with pytest.raises(UserError, match="it takes more than 3 s of processor time"):
-            by_us(source, [{"role": "user", "content": "Q"}])
+        with pytest.raises(UserError, match="^the chat template FILE cannot be rendered: it takes more than 1 s of processor time$"):
+            by_us("{{ 9 ** (9 ** 9) }}", [{"role": "user", "content": "Q"}])
         assert time.monotonic() - start < limit
+    monkeypatch.undo()
+    assert by_us(STRINGS["joined"], [{"role": "user", "content": "Q"}]).startswith("<|im_start|>user\nQ")  # and others go on
 
 
 def test_a_prompt_that_ends_the_process_is_refused_alone(monkeypatch):
