@@ -20,6 +20,7 @@ from llavamed_jax.models.attention.xla import xla_attention
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import make_mesh
 from tests.models.test_attention import draw, written_out
+from tests.support.programs import apply
 
 NAN = float("nan")
 
@@ -109,8 +110,10 @@ def test_bfloat16_is_summed_in_float32():
 def test_every_query_attends_to_every_key(T):
     """And padding to neither: output and gradients are XLA's, with a row that ends inside a tile or fills it."""
     def run(attention):
-        out, pull = jax.vjp(lambda q, k, v: attention(q, k, v), *draw(T))
-        return out, *pull(draw(T, seed=1)[0])
+        def both(weigh, *args):
+            out, pull = jax.vjp(attention, *args)
+            return out, *pull(weigh)
+        return jax.jit(both)(draw(T, seed=1)[0], *draw(T))
     ours, wanted = run(lambda *x: whole_attention(*x, interpret=True)), run(lambda *x: xla_attention(*x, None))
     for a, b in zip(ours, wanted, strict=True):
         assert a.shape == b.shape
@@ -118,7 +121,7 @@ def test_every_query_attends_to_every_key(T):
 
 
 def test_every_query_and_every_key_on_a_mesh():
-    wanted = whole_attention(*draw(50), interpret=True)
+    wanted = jax.jit(lambda *x: xla_attention(*x, None))(*draw(50))
     with jax.set_mesh(make_mesh("data=2,tp=2", jax.devices()[:4])):
         found = jax.jit(lambda *x: whole_attention(*x, interpret=True))(*draw(50))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6)
@@ -129,6 +132,6 @@ def test_a_tower_is_given_the_kernel_where_its_heads_are_wide_enough(width, back
     """Two heads, two layers; what comes out is the same."""
     cfg = LlavaConfig(VisionConfig(width, 32, 3, 2, 16, 8), DecoderConfig(64, 32, 48, 1, 2, 1, 16, 1e-5, 1e4, 128))
     params, pixels = load_params(random_checkpoint(cfg)), jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, 16, 16, 3)), jnp.float32)
-    encode = lambda backend: lambda pixels: Llava(cfg, attention=backend).apply({"params": params}, pixels, method="encode_images")
+    encode = lambda backend: lambda pixels: apply(Llava(cfg, attention=backend), params, pixels, method="encode_images")
     assert str(jax.make_jaxpr(encode(backend))(pixels)).count("name=flash_whole") == kernels
     np.testing.assert_allclose(encode(backend)(pixels), encode("xla")(pixels), rtol=0, atol=1e-5)

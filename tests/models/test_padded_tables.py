@@ -67,9 +67,12 @@ def test_logits_ids_and_tokens_in_transformers(rows, tmp_path):
     pixels = ours.processor.images([picture])
     with torch.no_grad():
         theirs = model(**batch).logits.numpy()
-        new = model.generate(**batch, max_new_tokens=10, do_sample=False)[0, batch["input_ids"].shape[1]:].tolist()
     found = ours.logits([ids], pixels)
     np.testing.assert_allclose(theirs[..., :real], found[..., :real], atol=2e-5 * max(1, found.std()), rtol=0)
+    if rows < PIECES:
+        return
+    with torch.no_grad():
+        new = model.generate(**batch, max_new_tokens=10, do_sample=False)[0, batch["input_ids"].shape[1]:].tolist()
     length = next((i for i, token in enumerate(new) if token >= real), len(new))  # a row that no token has may win, of random ones
     assert length >= 3
     assert ours.generate_tokens([row], [list(pixels)], max_new_tokens=10)[0][:length] == new[:length]

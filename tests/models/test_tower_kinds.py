@@ -104,7 +104,7 @@ def test_presets_of_full_size(name, tower, tokens, positions):
     cfg = preset(name)
     assert cfg.vision == KNOWN_TOWERS[tower]
     assert (cfg.tokens_per_image, cfg.vision.num_positions) == (tokens, positions)
-    table = next(x for path, x in jax.tree_util.tree_leaves_with_path(abstract_params(cfg)["vision_tower"]["embeddings"])
+    table = next(x for path, x in jax.tree_util.tree_leaves_with_path(abstract_params(cfg, scan=True)["vision_tower"]["embeddings"])
                  if "position" in str(path))
     assert table.shape[-2:] == (positions, cfg.vision.hidden_size)
 

@@ -73,16 +73,15 @@ def test_logits_of_uint8_pixels_equal_those_of_float32(model, pictures, measured
     ImageSettings(is_normalized=False), *(pytest.param(settings, marks=pytest.mark.slow) for settings in (
         ImageSettings(scale=1 / 127.5), ImageSettings(scale=1.0), ImageSettings(scale=1.0, is_normalized=False)))])
 def test_every_scale_is_the_models_too(settings, pictures, measured):
-    """Whole rows, the engine and beams normalise uint8 as the host does."""
+    """Whole rows and beams normalise uint8 as the host does; the engine's rows do in the test below."""
     config = CONFIG.replace(vision=dataclasses.replace(CONFIG.vision, images=settings, image_mean=(0.1, 0.6, 0.9)))
     asked, floats = assistant(config), load.normalize(pictures, *config.vision.normalization)
     rows = [prompt([], [5, 6], [7])]
     expected = asked.logits(rows, floats[:2])
     measured(asked.logits(rows, pictures[:2]), expected, 1e-5 * max(1, np.abs(expected).max()))
     assert np.abs(assistant(CONFIG).logits(rows, pictures[:2]) - expected).max() > 1e-3
-    for beams in (1, 2):
-        wanted = asked.generate_tokens(rows, [list(floats[:2])], max_new_tokens=6, num_beams=beams)
-        assert asked.generate_tokens(rows, [list(pictures[:2])], max_new_tokens=6, num_beams=beams) == wanted
+    wanted = asked.generate_tokens(rows, [list(floats[:2])], max_new_tokens=6, num_beams=2)
+    assert asked.generate_tokens(rows, [list(pictures[:2])], max_new_tokens=6, num_beams=2) == wanted
 
 
 def test_tokens_of_uint8_pixels_equal_those_of_float32(model, pictures):

@@ -20,6 +20,7 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.models.towers import tower_module
 from tests.support import hf, tiny, towers
+from tests.support.programs import apply
 
 TOLERANCE = 2e-5
 LAYER = "model.vision_tower.vision_tower.vision_model.encoder.layers.2."  # the last of three
@@ -43,7 +44,7 @@ def parts(tmp_path_factory):
 def test_logits_are_those_of_transformers(parts, tmp_path):
     checkpoint, ids = parts[1], towers.row(parts[1].config)
     assert (checkpoint.config.vision.model_type, checkpoint.config.decoder.architecture) == ("siglip_vision_model", "qwen2")
-    ours = np.asarray(Llava(checkpoint.config).apply({"params": load_params(checkpoint)}, ids, IMAGES[None]))
+    ours = np.asarray(apply(Llava(checkpoint.config), load_params(checkpoint), ids, IMAGES[None]))
     export(checkpoint, tmp_path / "out")
     theirs = towers.their_logits(tmp_path / "out", ids, IMAGES)[..., :ours.shape[-1]]
     np.testing.assert_allclose(ours, theirs, atol=TOLERANCE * np.abs(ours).max(), rtol=0)
