@@ -1,13 +1,16 @@
 """Tiny runs on the sample, for whoever tests the trainer: a start, data, a shrunk recipe, and steps that compute nothing."""
 
+import functools
 import json
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from benchmarks import runs
 from llavamed_jax.cli.common import load_config
@@ -26,9 +29,24 @@ def write_data(folder: Path) -> Path:
     return folder
 
 
+@functools.cache
+def _thumbnails() -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory(prefix="llavamed-images-")
+    for path in sorted((SAMPLE / "images").iterdir()):
+        with Image.open(path) as image:
+            image.thumbnail((48, 48))
+            image.save(Path(folder.name) / path.name)
+    return folder
+
+
+def images() -> Path:
+    """The sample's images at 48 pixels: to decode and shrink the large ones would take most of a run that computes nothing."""
+    return Path(_thumbnails().name)
+
+
 def shrunk(start: Path, data: Path, **changes):
     """The demo's recipe on a tiny model and little data."""
-    keys = {"init": start, "data.train": data / "train.json", "data.images": SAMPLE / "images", "batch_size": 4,
+    keys = {"init": start, "data.train": data / "train.json", "data.images": images(), "batch_size": 4,
             "total_steps": 8, "max_length": 40, "log_every": 1, "checkpoint.every_steps": 3, "checkpoint.keep": 9,
             # So little data seldom fills rows to a tenth of the batch.
             **({"batch_size_may_grow": True} if changes.get("data.packing") else {}), **changes}

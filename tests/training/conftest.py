@@ -13,17 +13,17 @@ from tests.support import stores
 from tests.support import training_runs as runs
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def start(tmp_path_factory):
     return runs.write_start(tmp_path_factory.mktemp("start") / "start")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory):
     return runs.write_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def recipe(start, data):
     """The demo's recipe, shrunk: `recipe(**{"key": value})`."""
     return lambda **changes: runs.shrunk(start, data, **changes)

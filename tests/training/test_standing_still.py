@@ -14,26 +14,21 @@ from llavamed_jax.training import recipe as recipes
 from llavamed_jax.training import trainer
 from llavamed_jax.training.progress import Progress
 from llavamed_jax.training.trainer import fit
-from tests.support import training_runs as runs
 from tests.support.training_runs import FakeStep
 
 PROJECTOR = '["projector/.*"]'
 
 
 @pytest.fixture(scope="module")
-def folder(data):
-    """train.json, and text.json with the same questions, of which no image is left."""
+def text(data, tmp_path_factory):
+    """The questions of train.json, of which no image is left."""
     records = json.loads((data / "train.json").read_text())
     for record in records:
         del record["image"]
         record["conversations"][0]["value"] = record["conversations"][0]["value"].replace("<image>", "").strip()
-    (data / "text.json").write_text(json.dumps(records))
-    return data
-
-
-@pytest.fixture
-def recipe(start, folder):
-    return lambda **changes: runs.shrunk(start, folder, **changes)
+    file = tmp_path_factory.mktemp("text") / "text.json"
+    file.write_text(json.dumps(records))
+    return file
 
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -47,22 +42,22 @@ def tensors(path):
 # ---- real updates
 
 @pytest.mark.parametrize("changes, sentence", [
-    ({"total_steps": 20}, r"3 updates in a row, up to step 3, had a gradient of exactly 0 \(nan_limit is 3\): the loss does not depend on the "
-                          "parameters that trainable names, .* have no image; no step had been saved"),
-    ({"total_steps": 2}, "2 of 2 updates had a gradient of exactly 0, so nothing was trained: the loss does not depend"),
-    pytest.param({"total_steps": 20, "optimizer.weight_decay": 0.1}, "3 updates in a row, up to step 3", marks=pytest.mark.slow),
-    ({"total_steps": 20, "data.packing": True, "data.row_length": 64, "loss_weighting": "sample"}, "3 updates in a row, up to step 3"),
-], ids=["limit", "end", "decay", "packed"])
-def test_a_projector_without_images_has_no_gradient(recipe, folder, tmp_path, changes, sentence):
-    cfg = recipe(**{"data.train": folder / "text.json", "trainable": PROJECTOR, "nan_limit": 3, "checkpoint.every_steps": 0, **changes})
+    pytest.param({"optimizer.weight_decay": 0.1}, "3 updates in a row, up to step 3", marks=pytest.mark.slow),
+    ({"data.packing": True, "data.row_length": 64, "loss_weighting": "sample"},
+     r"3 updates in a row, up to step 3, had a gradient of exactly 0 \(nan_limit is 3\): the loss does not depend on the "
+     "parameters that trainable names, .* have no image; no step had been saved"),
+], ids=["decay", "packed"])
+def test_a_projector_without_images_has_no_gradient(recipe, text, tmp_path, changes, sentence):
+    """Rows that are not packed are in the next test."""
+    cfg = recipe(**{"data.train": text, "trainable": PROJECTOR, "nan_limit": 3, "total_steps": 20, "checkpoint.every_steps": 0, **changes})
     with pytest.raises(UserError, match=sentence):
         fit(cfg, tmp_path / "run")
     assert not steps(tmp_path / "run")
 
 
-def test_images_without_markers_have_no_gradient_where_the_limit_lets_them_pass(recipe, folder, tmp_path):
+def test_images_without_markers_have_no_gradient_where_the_limit_lets_them_pass(recipe, data, tmp_path):
     """The case that once finished with a gradient of 0.000."""
-    records = json.loads((folder / "train.json").read_text())
+    records = json.loads((data / "train.json").read_text())
     for record in records:
         record["conversations"][0]["value"] = "is it?"
     (tmp_path / "unmarked.json").write_text(json.dumps(records))
@@ -75,9 +70,9 @@ def test_images_without_markers_have_no_gradient_where_the_limit_lets_them_pass(
 
 
 @pytest.mark.parametrize("key, value, total_steps", [
-    ("optimizer.eps", 1e300, 20), ("optimizer.clip_norm", 1e-30, 4),
+    ("optimizer.clip_norm", 1e-30, 20),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("optimizer.eps", 1e300, 4), ("optimizer.clip_norm", 1e-30, 20), ("optimizer.eps", 1e20, 20),
+        ("optimizer.eps", 1e300, 4), ("optimizer.clip_norm", 1e-30, 4), ("optimizer.eps", 1e20, 20),
         ("optimizer.learning_rate", 1e-30, 20)))])
 def test_updates_that_move_nothing_end_the_run(recipe, tmp_path, key, value, total_steps):
     """Biases and zeros may take on 1e-25: that is nothing, too."""
@@ -92,8 +87,9 @@ def test_updates_that_move_nothing_end_the_run(recipe, tmp_path, key, value, tot
 
 @pytest.mark.parametrize("changes", [{"optimizer.learning_rate": 1e-9}, *(pytest.param(changes, marks=pytest.mark.slow) for changes in (
     {"optimizer.warmup_ratio": 1.0}, {"optimizer.clip_norm": 1e-6}, {"optimizer.weight_decay": 0.1, "optimizer.learning_rate": 1e-8}))])
-def test_a_run_that_moves_a_little_goes_on(recipe, start, tmp_path, changes):
+def test_a_run_that_moves_a_little_goes_on(recipe, start, tmp_path, capsys, changes):
     assert fit(recipe(**changes, total_steps=6, nan_limit=1), tmp_path / "run")
+    assert "learning rate was 0" not in capsys.readouterr().out
     before, after = tensors(start), tensors(tmp_path / "run")
     assert any(not np.array_equal(before[name], after[name]) for name in before)
 
@@ -103,8 +99,6 @@ def test_a_run_of_nothing_but_its_first_warm_up_update_says_so(recipe, start, tm
     assert "warning: the learning rate was 0 in every update" in capsys.readouterr().out
     before, after = tensors(start), tensors(tmp_path / "run")
     assert all(np.array_equal(before[name], after[name]) for name in before)
-    assert fit(recipe(total_steps=1, **{"optimizer.warmup_ratio": 0.0}), tmp_path / "other")
-    assert "learning rate was 0" not in capsys.readouterr().out
 
 
 # ---- what counts, by updates of our own
@@ -124,17 +118,17 @@ class Scripted(FakeStep):
 ZERO, STILL, MOVED, EMPTY, SKIPPED = dict(grad_norm=0, moved=0), dict(moved=0), {}, dict(tokens=0, grad_norm=0, moved=0), dict(skipped=1)
 
 
-@pytest.mark.parametrize("script, sentence", [
-    ([ZERO, ZERO, MOVED, ZERO, ZERO, ZERO], "3 updates in a row, up to step 6"),
-    ([ZERO, ZERO, EMPTY, ZERO], "3 updates in a row, up to step 4"),
-    ([ZERO, SKIPPED, SKIPPED, ZERO, SKIPPED, ZERO], "3 updates in a row, up to step 6, had a gradient"),
-    ([dict(learning_rate=0, moved=0), STILL, STILL, STILL], "none of the first 3 updates, up to step 4"),
-    ([MOVED, ZERO, ZERO], None), ([ZERO, ZERO, MOVED, ZERO, ZERO, MOVED], None), ([MOVED, STILL], None),
-    ([STILL, STILL, MOVED, STILL], None), ([EMPTY, EMPTY, EMPTY, EMPTY, MOVED], None),
+@pytest.mark.parametrize("script, total_steps, sentence", [
+    ([ZERO, ZERO, MOVED, ZERO, ZERO, ZERO], 12, "3 updates in a row, up to step 6"),
+    ([ZERO, SKIPPED, SKIPPED, EMPTY, ZERO, SKIPPED, ZERO], 12, "3 updates in a row, up to step 7, had a gradient"),
+    ([dict(learning_rate=0, moved=0), STILL, STILL, STILL], 12, "none of the first 3 updates, up to step 4"),
+    ([ZERO, ZERO], 2, "2 of 2 updates had a gradient of exactly 0, so nothing was trained: the loss does not depend"),
+    ([STILL, STILL], 2, "none of 2 updates changed the parameters, so nothing was trained; optimizer"),
+    ([ZERO, ZERO, EMPTY, EMPTY, EMPTY, EMPTY, MOVED, ZERO, ZERO], 9, None), ([STILL, STILL, MOVED, STILL], 12, None),
 ])
-def test_which_updates_count(recipe, tmp_path, monkeypatch, script, sentence):
+def test_which_updates_count(recipe, tmp_path, monkeypatch, script, total_steps, sentence):
     monkeypatch.setattr(trainer, "make_train_step", Scripted(*script))
-    cfg = recipe(total_steps=12 if sentence or script[-1] is not ZERO else len(script), nan_limit=3, **{"checkpoint.every_steps": 0})
+    cfg = recipe(total_steps=total_steps, nan_limit=3, **{"checkpoint.every_steps": 0})
     if sentence is None:
         assert fit(cfg, tmp_path / "run")
         return

@@ -1,5 +1,7 @@
 """Some layers of a stack: trained, at a rate of their own, clipped, decayed, saved and resumed as if the others were not there."""
 
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
@@ -19,6 +21,7 @@ from llavamed_jax.errors import UsageError
 from llavamed_jax.training import layers, optimizer, void_keys
 from llavamed_jax.training.state import partition
 from llavamed_jax.training.trainer import fit
+from tests.support.training_runs import images, set_back
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -68,8 +71,8 @@ def test_gradient_norm_and_clipping_leave_the_others_out():
                            "projector": {"linear_0": {"kernel": flat["projector/linear_0/kernel"]}}}
     masks = {FC1: np.array([False, False, True, True])}
     masked = layers.only_layers(loss, masks)
-    grads = jax.grad(lambda flat: masked(nested(flat), 0.7))(params)
-    grads_alone = jax.grad(lambda flat: loss(nested(flat), 0.7))(alone)
+    grads = jax.jit(jax.grad(lambda flat: masked(nested(flat), 0.7)))(params)
+    grads_alone = jax.jit(jax.grad(lambda flat: loss(nested(flat), 0.7)))(alone)
     assert (grads[FC1][:2] == 0).all() and np.array_equal(grads[FC1][2:], grads_alone[FC1])
     np.testing.assert_allclose(optax.global_norm(grads), optax.global_norm(grads_alone), rtol=1e-6)
 
@@ -79,8 +82,8 @@ def test_gradient_norm_and_clipping_leave_the_others_out():
     names = list(params)
     transform, _ = optimizer.build(settings, 10, names, (), {FC1: 4, names[1]: 0}, masks)
     other, _ = optimizer.build(settings, 10, names, (), {FC1: 2, names[1]: 0}, {})
-    updates, state = transform.update(grads, transform.init(params), params)
-    updates_alone, _ = other.update(grads_alone, other.init(alone), alone)
+    first = lambda transform: jax.jit(lambda grads, params: transform.update(grads, transform.init(params), params))
+    (updates, state), (updates_alone, _) = first(transform)(grads, params), first(other)(grads_alone, alone)
     assert (updates[FC1][:2] == 0).all()
     np.testing.assert_allclose(updates[FC1][2:], updates_alone[FC1], rtol=1e-6)
     np.testing.assert_allclose(updates[names[1]], updates_alone[names[1]], rtol=1e-6)
@@ -114,60 +117,51 @@ def test_a_base_rate_that_no_trained_layer_has_is_said():
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def train(folder, workdir, start=None, **changes):
-    if start is None:
-        start = folder / "start"
-        write_model(start, random_checkpoint(CFG).replace(files={"tokenizer.model": SAMPLE / "tokenizer.model"}))
-    records = json.loads((SAMPLE / "vqa_train.json").read_text())[:8]
-    (folder / "train.json").write_text(json.dumps(records))
-    keys = {"init": start, "data.train": folder / "train.json", "data.images": SAMPLE / "images", "data.workers": 0, "data.packing": False,
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    """Four updates of a model that is made here."""
+    folder = tmp_path_factory.mktemp("layers")
+    write_model(folder / "start", random_checkpoint(CFG).replace(files={"tokenizer.model": SAMPLE / "tokenizer.model"}))
+    (folder / "train.json").write_text(json.dumps(json.loads((SAMPLE / "vqa_train.json").read_text())[:8]))
+    keys = {"init": folder / "start", "data.train": folder / "train.json", "data.images": images(), "data.workers": 0, "data.packing": False,
             "batch_size": 4, "micro_batches": 1, "total_steps": 4, "max_length": 160, "remat": "none", "log_every": 1,
             "checkpoint.every_steps": 2, "checkpoint.keep": 9, "samples_every": 0, "mesh.data": 2, "mesh.fsdp": 2,
-            "optimizer.warmup_ratio": 0.0, "optimizer.weight_decay": 0.1, "optimizer.learning_rate": 1e-3, **changes}
+            "optimizer.warmup_ratio": 0.0, "optimizer.weight_decay": 0.1, "optimizer.learning_rate": 1e-3}
     cfg = load_config(f"{ROOT}/configs/finetune.py:llava15", [f"{key}={value}" for key, value in keys.items()])
     cfg.trainable = ("projector/.*", LAST_TWO)
     cfg.optimizer.overrides = ((r"vision_tower/.*", 1e-4),)
-    fit(cfg, workdir)
-    return start
+    return cfg
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("layers")
-    return folder, train(folder, folder / "run")
+def run(cfg, tmp_path_factory):
+    """(workdir, what the run printed)."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert fit(cfg, workdir)
+    return workdir, said.getvalue()
 
 
 def changed(before, after):
     return {name for name in before.tensors if before.read(name).tobytes() != np.asarray(after.read(name), before.read(name).dtype).tobytes()}
 
 
-def test_a_run_moves_the_last_layers_that_are_used_and_no_other(run):
+def test_a_run_moves_the_last_layers_that_are_used_and_no_other(cfg, run):
     """Of five layers the features need four; the last two of those are trained, biases and norms too."""
-    folder, start = run
-    before, after = open_checkpoint(start), open_checkpoint(folder / "run")
+    before, after = open_checkpoint(cfg.init), open_checkpoint(run[0])
     moved = changed(before, after)
     wanted = {name for name in before.tensors if re.match(r"projector/|vision_tower/layers_[23]/", name)}
     assert moved == {name for name in wanted if "k_proj/bias" not in name} | (moved & {n for n in wanted if "k_proj/bias" in n})
     move = lambda name: np.abs(after.read(name) - before.read(name)).max()
     # Adam moves a parameter by about its rate in an update: a tenth for the tower.
     assert move("vision_tower/layers_3/mlp/fc1/kernel") < 0.2 * move("projector/linear_0/kernel")
+    assert f"{sum(before.read(name).size for name in wanted):,} of " in run[1], "it says how many values are trained"
 
 
-def test_resuming_is_bit_exact(run, tmp_path):
-    folder, start = run
-    train(tmp_path, tmp_path / "run", start, **{"total_steps": 4})
-    import shutil
-    for step in (4, 3):
-        shutil.rmtree(tmp_path / "run" / "checkpoints" / str(step), ignore_errors=True)
-    train(tmp_path, tmp_path / "run", start)
-    one, two = open_checkpoint(folder / "run"), open_checkpoint(tmp_path / "run")
+def test_resuming_is_bit_exact(cfg, run, tmp_path):
+    again = set_back(run[0], tmp_path / "run", last=4, to=2)
+    assert fit(cfg, again)
+    one, two = open_checkpoint(run[0]), open_checkpoint(again)
+    assert one.step == two.step == 4
     for name in one.tensors:
         assert one.read(name).tobytes() == two.read(name).tobytes(), name
-
-
-def test_the_run_says_how_many_values_are_trained(run, tmp_path, capsys):
-    _, start = run
-    train(tmp_path, tmp_path / "run", start, total_steps=1)
-    before = open_checkpoint(start)
-    count = sum(before.read(name).size for name in before.tensors if re.match(r"projector/|vision_tower/layers_[23]/", name))
-    assert f"{count:,} of " in capsys.readouterr().out

@@ -104,19 +104,19 @@ def test_a_first_save_that_was_killed_begins_anew_and_says_so(recipe, tmp_path, 
 
 # ---- where the data stood
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_step_carries_its_own_position_in_the_data(recipe, tmp_path, monkeypatch, workers):
+def test_a_step_carries_its_own_position_in_the_data(recipe, tmp_path, monkeypatch):
     """Not the prefetcher's, which is ahead; and the batches that follow are those of a run that was not interrupted."""
-    def batches_of(workdir, total_steps):
+    def batches_of(name, total_steps, workers=0):
         step = FakeStep()
         monkeypatch.setattr(trainer, "make_train_step", step)
-        assert fit(recipe(total_steps=total_steps, **{"data.workers": workers}), workdir)
+        assert fit(recipe(total_steps=total_steps, **{"data.workers": workers}), tmp_path / name)
         return [batch["input_ids"].tolist() for batch in step.batches]
 
-    whole = batches_of(tmp_path / "whole", 7)
-    first, rest = batches_of(tmp_path / "run", 4), batches_of(tmp_path / "run", 7)
-    assert (len(first), len(rest)) == (4, 3) and first + rest == whole
-    assert store.newest_intact_step(tmp_path / "run")[0] == 7
+    whole = batches_of("whole", 7)
+    for name, workers in (("in a thread", 0), ("in processes", 2)):
+        first, rest = batches_of(name, 4, workers), batches_of(name, 7)
+        assert (len(first), len(rest)) == (4, 3) and first + rest == whole
+        assert store.newest_intact_step(tmp_path / name)[0] == 7
 
 
 def test_a_run_goes_on_with_the_updates_that_it_skipped(recipe, tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ def test_steps_of_which_none_is_intact_are_named_and_left_alone(finished, recipe
     assert snapshot(workdir) == before
 
 
-def test_a_recipe_that_failed_before_its_first_step_may_be_corrected(recipe, tmp_path):
+def test_a_recipe_that_failed_before_its_first_step_may_be_corrected(recipe, tmp_path, without_compiling):
     with pytest.raises(UserError, match="max_length"):
         fit(recipe(init="preset:small", tokenizer=SAMPLE / "tokenizer.model", max_length=5), tmp_path / "run")
     assert {p.name for p in (tmp_path / "run").iterdir()} <= {".lock", "checkpoints"}
@@ -215,7 +215,7 @@ def test_a_stage_starts_from_the_stage_before(finished, recipe, tmp_path, start)
         assert np.array_equal(before[name], after[name]) != name.startswith("projector/"), name
 
 
-def test_samples_whose_image_is_broken_are_skipped_and_listed(recipe, data, tmp_path):
+def test_samples_whose_image_is_broken_are_skipped_and_listed(recipe, data, tmp_path, without_compiling):
     records = json.loads((data / "train.json").read_text())
     records[3]["image"] = "missing.jpg"
     (tmp_path / "train.json").write_text(json.dumps(records))
