@@ -1,5 +1,6 @@
 """Which `remat` and how many micro-batches `auto` stands for."""
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -47,9 +48,7 @@ def test_the_first_that_fits_is_taken_and_no_further_one_is_compiled():
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start")
-    start, data = training_runs.write_start(folder / "start"), training_runs.write_data(folder)
+def small(start, data):
     return lambda **changes: training_runs.shrunk(start, data, **changes)
 
 
@@ -86,17 +85,22 @@ class Asked(training_runs.FakeStep):
         return super().__call__()
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
-def test_a_resumed_run_may_compute_its_updates_in_another_way(small, tmp_path, monkeypatch, capsys, is_packed):
+@pytest.fixture
+def run(small, monkeypatch, capsys):
+    """`run(workdir, **changes)` -> (what the run settled, what it said of another way)."""
     monkeypatch.setattr(program, "make_mesh", lambda *_: make_mesh("data=1"))
 
     def run(workdir, **changes):
         monkeypatch.setattr(trainer, "make_train_step", step := Asked())
-        assert fit(small(**{"batch_size": 8, "data.packing": is_packed, "data.row_length": 64, "remat": "none", **changes}), workdir)
+        assert fit(small(**{"batch_size": 8, "data.row_length": 64, "remat": "none", **changes}), workdir)
         found = json.loads((workdir / "recipe.json").read_text())["resolved"]
         assert found["micro_batches"] == step.micro_batches
         return found, [line for line in capsys.readouterr().out.splitlines() if " now: an update computes the same as before" in line]
+    return run
 
+
+def test_a_resumed_run_may_compute_its_updates_in_another_way(small, run, tmp_path):
+    run = functools.partial(run, **{"data.packing": True})
     first, said = run(tmp_path / "run", total_steps=2)
     assert (first["remat"], first["micro_batches"], said) == ("none", 1, [])
     shutil.copytree(tmp_path / "run", tmp_path / "killed")
@@ -111,12 +115,20 @@ def test_a_resumed_run_may_compute_its_updates_in_another_way(small, tmp_path, m
         shutil.copy(tmp_path / "run/recipe.json", tmp_path / "killed/recipe.json")
         shutil.copytree(tmp_path / "killed", tmp_path / f"killed {len(changes)}")
         assert run(tmp_path / f"killed {len(changes)}", total_steps=4, **changes)[0] == {**first, "total_steps": 4, **changes}
-    words = "at most 5 rows on a device; at most 5 was expected" if is_packed else "a multiple of micro_batches .7. was expected"
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError, match="at most 5 rows on a device; at most 5 was expected"):
         run(tmp_path / "run", total_steps=8, micro_batches=7)
     with pytest.raises(UsageError, match="'micro_batches' is 2, but .* was started with 1"):  # a scale of FP8 belongs to a micro-batch
         workdirs.write_recipe(tmp_path, small(compute="fp8"), {})
         workdirs.read_recipe(tmp_path, small(compute="fp8", micro_batches=2))
+
+
+def test_a_resumed_run_of_rows_that_are_not_packed_may_too(run, tmp_path):
+    run = functools.partial(run, tmp_path / "run", **{"data.packing": False})
+    first, _ = run(total_steps=2)
+    found, said = run(total_steps=4, micro_batches=2)
+    assert found == {**first, "total_steps": 4, "micro_batches": 2} and len(said) == 1
+    with pytest.raises(UsageError, match="a multiple of micro_batches .7. was expected"):
+        run(total_steps=8, micro_batches=7)
 
 
 def test_a_compiler_that_gives_up_is_a_setting_that_does_not_fit(small, monkeypatch):

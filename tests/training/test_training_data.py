@@ -27,9 +27,7 @@ PACKED = {"data.packing": True, "data.row_length": 96, "batch_size": 6, "max_len
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("start")
-    start, data = training_runs.write_start(folder / "start"), training_runs.write_data(folder)
+def recipe(start, data):
     return lambda **changes: training_runs.shrunk(start, data, **{**PACKED, **changes})
 
 

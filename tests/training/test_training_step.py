@@ -395,6 +395,18 @@ def test_each_of_loss_norm_and_update_must_be_finite(params, optimizer, slope, o
     assert all(np.array_equal(before[n], np.asarray(x)) for n, x in state.trainable.items())
 
 
+@pytest.mark.parametrize("size, moved", [(1e-16, 0), (1e-12, 1)])
+def test_a_change_that_only_zeros_can_take_on_moves_nothing(params, size, moved):
+    """Float32 holds 1e-16 beside nothing else: a run of such updates learns nothing."""
+    mesh, optimizer = make_mesh("data=1", jax.devices()[:1]), optax.scale(size)
+    params = {name: np.zeros_like(x) for name, x in flatten_dict(stack(params), sep="/").items()}
+    shardings = states.state_shardings(CFG, params, ("projector/.*",), optimizer, mesh)
+    total = lambda tree, batch: (sum(x.sum() for x in jax.tree.leaves(tree["projector"])), jnp.float32(1))
+    state, metrics = make_train_step(total, optimizer, lambda _: jnp.float32(1), mesh, shardings)(
+        states.create(params, shardings, optimizer, jnp.float32), {})
+    assert float(metrics["moved"]) == moved and np.allclose(state.trainable[PROJECTOR[0]], size, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
 def test_numbers_that_overflow_in_the_optimizer_stay_while_the_update_counts_as_skipped(params, mu_dtype):
     """Two of many, in AdamW itself, again and again: they and their moments keep their bits, and nothing is ever not finite."""

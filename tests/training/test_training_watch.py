@@ -273,13 +273,14 @@ def test_samples_and_closed_accuracy_are_the_saved_models(recipe, stepping, tmp_
     closed = [r for r in records if during_training.first_turn({**r, "image": [r["image"]]}).is_closed]
     line = next(line for line in runs.log_lines(tmp_path / "run") if "validation_loss" in line)
     assert line["step"] == 3 and line["validation_closed"] == len(closed) and 0 <= line["validation_closed_accuracy"] <= 1
-    saved = lm.load(tmp_path / "run")
-    for sample, record in zip(seen[-1][1], records):
+    samples, conversations = seen[-1][1], []
+    for sample, record in zip(samples, records):
         question = record["conversations"][0]["value"].removeprefix("<image>\n")
-        assert (sample.question, sample.wanted) == (question, record["conversations"][1]["value"])
-        content = [{"type": "image", "image": str(SAMPLE / "images" / record["image"])}, {"type": "text", "text": question}]
-        wanted = saved.generate([[{"role": "user", "content": content}]], max_new_tokens=during_training.MAX_NEW_TOKENS["sample"])
-        assert sample.answer == wanted[0].text and sample.name in said
+        assert (sample.question, sample.wanted) == (question, record["conversations"][1]["value"]) and sample.name in said
+        content = [{"type": "image", "image": str(runs.images() / record["image"])}, {"type": "text", "text": question}]
+        conversations.append([{"role": "user", "content": content}])
+    wanted = lm.load(tmp_path / "run").generate(conversations, max_new_tokens=during_training.MAX_NEW_TOKENS["sample"])
+    assert [sample.answer for sample in samples] == [answer.text for answer in wanted] and samples
 
 
 @pytest.mark.parametrize("record, is_closed", [
