@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from llavamed_jax.checkpoints.export.directory import export
 from llavamed_jax.checkpoints.random import random_checkpoint
+from llavamed_jax.cli.verify_release import main
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from tests.conftest import ROOT
 from tests.support import xla
@@ -38,20 +39,27 @@ def models(tmp_path_factory, mistral_tokenizer):
     return {MODEL: root / "model", "openai/tiny-tower": root / "tower"}
 
 
-def verify(hub, home, *flags, model=MODEL):
+@pytest.fixture(scope="module")
+def fetched(models, tmp_path_factory):
+    """What the first two steps leave at home, and how the command ended."""
+    home = tmp_path_factory.mktemp("home") / "fetched"
+    with LocalHub(models) as hub:
+        return home, verify(hub, home, "--steps", "fetch,tensors")
+
+
+def verify(hub, home, *flags):
     """Runs the command in a process of its own: huggingface_hub reads its settings once."""
-    command = [sys.executable, "-m", "llavamed_jax.cli.verify_release", "--model", model, "--out", home / "verification.md",
+    command = [sys.executable, "-m", "llavamed_jax.cli.verify_release", "--model", MODEL, "--out", home / "verification.md",
                "--workdir", home / "run", *flags]
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home / "hf"),
                                 "XLA_FLAGS": xla.flags(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_fetch_and_tensors(models, tmp_path):
-    with LocalHub(models) as hub:
-        done = verify(hub, tmp_path, "--steps", "fetch,tensors")
+def test_fetch_and_tensors(models, fetched):
+    home, done = fetched
     assert done.returncode == 0, done.stderr
-    text = (tmp_path / "verification.md").read_text()
+    text = (home / "verification.md").read_text()
     tensors = load_file(models[MODEL] / "model.safetensors")
     assert f"| all | {len(tensors)} | {sum(t.size for t in tensors.values()):,} |" in text
     assert "| projector | 4 |" in text and "| model.safetensors |" in text and "sha256 as stated" in text and "git blob as stated" in text
@@ -62,32 +70,31 @@ def test_fetch_and_tensors(models, tmp_path):
     assert "licence" in done.stderr
 
 
-def test_a_file_that_is_not_what_the_hub_states(models, tmp_path):
+def test_a_file_that_is_not_what_the_hub_states(models, fetched, tmp_path):
     """A flipped byte in the cache: the hub's client looks at names and sizes, and would take it."""
+    shutil.copytree(fetched[0] / "hf", tmp_path / "hf", symlinks=True)
+    file = next((tmp_path / "hf").rglob("models--someone*/**/model.safetensors")).resolve()
+    assert file.is_relative_to(tmp_path)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(content)
     with LocalHub(models) as hub:
-        assert verify(hub, tmp_path, "--steps", "fetch").returncode == 0
-        file = next((tmp_path / "hf").rglob("model.safetensors")).resolve()
-        content = bytearray(file.read_bytes())
-        content[-1] ^= 1
-        file.chmod(0o644)
-        file.write_bytes(content)
-        (tmp_path / "verification.md").unlink()
         done = verify(hub, tmp_path, "--steps", "fetch")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: model.safetensors of {MODEL} has ") and " bytes and the sha256 " in done.stderr
     assert not (tmp_path / "verification.md").exists()
 
 
-def test_values_that_are_not_finite_are_named(models, tmp_path):
+def test_values_that_are_not_finite_are_named(models, tmp_path, monkeypatch, capsys):
     directory = tmp_path / "broken"
     shutil.copytree(models[MODEL], directory)
     tensors = load_file(directory / "model.safetensors")
     tensors["model.norm.weight"][3] = np.inf
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    with LocalHub(models) as hub:
-        done = verify(hub, tmp_path, "--steps", "tensors", model=str(directory))
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == f"error: decoder/norm/scale of {directory} holds values that are not finite"
+    monkeypatch.chdir(ROOT)
+    assert main(["--model", str(directory), "--steps", "tensors", "--out", str(tmp_path / "out.md")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: decoder/norm/scale of {directory} holds values that are not finite"
 
 
 @pytest.mark.parametrize(("flags", "status", "sentence"), [
@@ -95,18 +102,16 @@ def test_values_that_are_not_finite_are_named(models, tmp_path):
     (["--steps", "vqa_rad"], 2, "needs --vqa_rad DIR"),
     (["--config.generation.max_new_tokens=many", "--steps", "fetch"], 2, "max_new_tokens")])
 def test_wrong_calls_are_one_sentence(flags, status, sentence, tmp_path, capsys, monkeypatch):
-    from llavamed_jax.cli.verify_release import main
     monkeypatch.chdir(ROOT)
     assert main([*flags, "--out", str(tmp_path / "out.md")]) == status
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and sentence in error and "\n" not in error
 
 
-@pytest.mark.parametrize("flags", [["--steps", "fetch"], ["--steps", "tensors"]])
-def test_no_network_is_one_sentence(flags, tmp_path):
+def test_no_network_is_one_sentence(tmp_path):
     class Nowhere:
         url = "http://127.0.0.1:9"
-    done = verify(Nowhere, tmp_path, *flags)
+    done = verify(Nowhere, tmp_path, "--steps", "fetch")
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert done.stderr == (f"error: {MODEL} is not a directory here, and the hub model of this name is not in the cache of hub models "
                            f"({Nowhere.url} cannot be reached); give a checkpoint's directory\n")
