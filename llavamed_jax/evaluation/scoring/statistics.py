@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
 
 RESAMPLES = 2000
 EXACT_IMAGES = 16  # if at most this many images differ, all exchanges are tested, up to 65,536
@@ -157,6 +156,7 @@ def _draw(scores: Sequence[Score], sums: Sequence[np.ndarray], seed: int) -> lis
     num_images = len(sums[0]) if sums else 0
     if num_images < 2:
         return [np.full((0, len(score.names)), np.nan) for score in scores]
+    import scipy.stats  # takes over half a second; a command that ends before it scores does without it
 
     def metrics(drawn: np.ndarray, axis: int) -> np.ndarray:
         """Computes the metrics of all scores, [M, R], from the indices of the drawn images, [R, I]."""
@@ -188,6 +188,7 @@ def _exchange_test(first: np.ndarray, second: np.ndarray, percent: Callable, see
     moved = (second - first)[np.any(first != second, axis=1)]
     if len(moved) < 2:  # exchanging the only image that differs gives the same absolute difference
         return np.where(np.isnan(observed), np.nan, 1.0)
+    import scipy.stats
 
     def is_as_large(exchanged: np.ndarray, kept: np.ndarray, axis: int) -> np.ndarray:
         """Returns 1 for each metric that differs at least as much as observed, [R, M]; takes exchange flags [R, I']."""
