@@ -1,21 +1,27 @@
 """`convert build`: a plain decoder, a plain tower and a projector become a model, and stage 1 starts from it."""
 
+import functools
 import json
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from safetensors.numpy import save_file
 
+from llavamed_jax.adapters.lora import attach
 from llavamed_jax.checkpoints.assemble.build import build, with_projector
 from llavamed_jax.checkpoints.export.directory import export
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.checkpoints.tree.model import write_model
+from llavamed_jax.checkpoints.tree.store import StepWriter
 from llavamed_jax.cli.convert import main
 from llavamed_jax.config import preset
+from llavamed_jax.config.adapter import AdapterConfig, AdapterRule, is_factor
 from llavamed_jax.errors import UserError
 from llavamed_jax.processor import Processor
 from tests.support import tiny
@@ -118,7 +124,7 @@ def test_the_decoder_of_transformers_answers_as_before(kind, tmp_path):
         states = tower(torch.from_numpy(pixels).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states[-2][:, 1:].numpy()
     kernel, bias = checkpoint.read("projector/linear_0/kernel"), checkpoint.read("projector/linear_0/bias")
     np.testing.assert_allclose(jax.jit(module.apply)(params, ids), logits, atol=2e-5, rtol=0)
-    features = module.apply(params, pixels[None], method="encode_images")
+    features = jax.jit(functools.partial(module.apply, method="encode_images"))(params, pixels[None])
     np.testing.assert_allclose(features[0], states @ kernel + bias, atol=2e-5, rtol=0)
 
 
@@ -337,19 +343,14 @@ def test_a_projector_that_is_neither_file_nor_type(parts, capsys):
 # --- stage 1 -----------------------------------------------------------------------------------------------------------------------
 
 
-def _train(parts, *flags):
-    """Trains the model in `built` for two updates, into `run`."""
+def test_stage_1_starts_from_it(parts, monkeypatch):
     from llavamed_jax.cli.train import main as train
+    monkeypatch.chdir(ROOT)
+    assert command(parts, "built", "mistral", "clip-tiny", "mlp2x_gelu", "--add_image_tokens") == 0
     settings = dict(init=parts / "built", total_steps=2, max_length=64, batch_size=8, micro_batches=1, log_every=1, remat="none") | {
         "data.train": SAMPLE / "alignment.json", "data.images": SAMPLE / "images", "data.workers": 0, "data.packing": False}
     assert train(["--config", "configs/pretrain.py", "--workdir", str(parts / "run"),
-                  *(f"--config.{key}={value}" for key, value in settings.items()), *flags]) == 0
-
-
-def test_stage_1_starts_from_it(parts, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert command(parts, "built", "mistral", "clip-tiny", "mlp2x_gelu", "--add_image_tokens") == 0
-    _train(parts)
+                  *(f"--config.{key}={value}" for key, value in settings.items())]) == 0
     before, after = open_checkpoint(parts / "built"), open_checkpoint(parts / "run")
     assert after.step == 2 and after.config.use_start_end
     changed = {name for name in before.tensors if not np.array_equal(before.read(name), after.read(name))}
@@ -397,20 +398,30 @@ def test_the_tower_of_a_whole_model_is_taken_with_its_settings(layout, parts, ca
     assert Processor.load(parts / "two").config.vision == Processor.load(parts / "whole").config.vision
 
 
-def test_a_workdirs_tower_is_that_of_its_newest_step(parts, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert command(parts, "built", "mistral", "clip-tiny", "mlp2x_gelu", "--add_image_tokens") == 0
-    _train(parts, "--config.trainable=('vision_tower/.*',)")
+def save_run(parts, start, trained):
+    """A workdir whose run has trained these tensors, and saved them after two updates."""
+    write_model(parts / "run", start, without=trained)
+    trained = {name: jnp.asarray(start.read(name)) + 1 for name in trained}
+    with StepWriter(parts / "run") as writer:
+        writer.save(2, trained, optax.sgd(1e-3).init(trained), {"step": 2})
+
+
+def test_a_workdirs_tower_is_that_of_its_newest_step(parts):
+    assert command(parts) == 0
+    start = open_checkpoint(parts / "built")
+    save_run(parts, start, [name for name in start.tensors if name.startswith("vision_tower/")])
     assert command(parts, "two", "mistral", "run") == 0
-    name, run = "vision_tower/layers_0/mlp/fc1/kernel", open_checkpoint(parts / "run")
+    name, run, two = "vision_tower/layers_0/mlp/fc1/kernel", open_checkpoint(parts / "run"), open_checkpoint(parts / "two")
     assert run.step == 2 and name in run.changed
-    assert open_checkpoint(parts / "two").read(name).tobytes() == run.read(name).tobytes()
+    np.testing.assert_array_equal(two.read(name), np.asarray(start.read(name) + np.float16(1), two.read(name).dtype))
+    assert two.read(name).tobytes() == run.read(name).tobytes()
 
 
-def test_a_tower_with_an_adapter_is_refused(parts, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    assert command(parts, "built", "mistral", "clip-tiny", "mlp2x_gelu", "--add_image_tokens") == 0
-    _train(parts, "--config.lora.rank=2", "--config.lora.targets=('vision_tower/.*',)", "--config.trainable=('.*_lora_.',)")
+def test_a_tower_with_an_adapter_is_refused(parts, capsys):
+    assert command(parts) == 0
+    rules = (AdapterRule(r"vision_tower/layers_\d+/.*", 2, 4.0),)
+    start = attach(open_checkpoint(parts / "built"), AdapterConfig(rules), 0)
+    save_run(parts, start, [name for name in start.tensors if is_factor(name)])
     capsys.readouterr()
     assert command(parts, "two", "mistral", "run") == 1
     assert "an adapter changes the vision tower of" in capsys.readouterr().err and not (parts / "two").exists()

@@ -61,11 +61,17 @@ def inputs_of(cfg, params, rows):
     return {name: np.asarray(x)[held] for name, x in seen.items()}
 
 
-def test_every_kernels_output_changes_less_on_other_rows():
+@pytest.fixture(scope="module")
+def case():
+    """(checkpoint, parameters, rows, kernels that are calibrated with them) of a model with tied heads."""
     checkpoint = checkpoint_of(tie_word_embeddings=True)
-    cfg, params = checkpoint.config, load_params(checkpoint)
-    kernels = {name: load() for name, load in calibrated(checkpoint, rows_of(cfg, 12, 0), 64).items()}
-    held = inputs_of(cfg, params, rows_of(cfg, 4, 1))
+    rows = rows_of(checkpoint.config, 12, 0)
+    return checkpoint, load_params(checkpoint), rows, {name: load() for name, load in calibrated(checkpoint, rows, 64).items()}
+
+
+def test_every_kernels_output_changes_less_on_other_rows(case):
+    checkpoint, params, _, kernels = case
+    held = inputs_of(checkpoint.config, params, rows_of(checkpoint.config, 12, 1))
     assert len(kernels) == 14 and kernels.keys() == held.keys()
     for name, x in held.items():
         exact = checkpoint.read(name)
@@ -73,14 +79,12 @@ def test_every_kernels_output_changes_less_on_other_rows():
         assert error(kernels[name]) < 0.9 * error(int4(exact, 64, True)), name
 
 
-def test_a_layers_sums_are_those_of_the_rows_behind_the_rounded_layers():
+def test_a_layers_sums_are_those_of_the_rows_behind_the_rounded_layers(case):
     """Padding does not count, images do, and the second layer sees what the rounded first one gives."""
-    checkpoint = checkpoint_of()
-    cfg, rows, params = checkpoint.config, rows_of(checkpoint.config, 3, 0), load_params(checkpoint)
-    kernels = {name: load() for name, load in calibrated(checkpoint, rows, 64).items()}
+    checkpoint, params, rows, kernels = case
     flat = flatten_dict(params, sep="/")
     for layer in (0, 1):
-        seen = inputs_of(cfg, unflatten_dict(flat, sep="/"), rows)
+        seen = inputs_of(checkpoint.config, unflatten_dict(flat, sep="/"), rows)
         for name in [name for name in kernels if f"layers_{layer}/" in name]:
             x = seen[name].astype(np.float64)
             wanted = gptq(checkpoint.read(name), x.T @ x, 64)

@@ -150,33 +150,46 @@ def test_templates_that_are_ours_alone_are_said(tmp_path):
     assert "no Jinja chat template for `v1.0:simple`" in (tmp_path / "hf" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("source", "template", "mode"), [
-    ("llava_mistral", "v1.5:mistral_instruct", "pad"), ("llava_llama", "up:vicuna_v1", "square")])
-def test_processor_and_generate_give_our_tokens(source, template, mode, tmp_path):
-    """The whole way of a user of transformers, offline: prompt, ids, pixels of images that are not square, greedy tokens."""
-    torch = pytest.importorskip("torch", reason="torch's CPU build is not installed")
-    transformers = pytest.importorskip("transformers")
-    import llavamed_jax as lm
-    cfg = config(source, template=template, image_aspect_ratio=mode)
-    export(lively(random_checkpoint(cfg, seed=3), tmp_path / "files"), tmp_path / "hf")
-    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil")
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", attn_implementation="eager")
-    ours = lm.load(tmp_path / "hf", dtype="float32")
-
-    rng, rows, images, theirs = np.random.default_rng(0), [], [], []
+def prepared(processor, ours):
+    """(ids and pixels of transformers' processor, our row, our images) of conversations, with images that are not square and without."""
+    rng = np.random.default_rng(0)
     for shape, turns in (((40, 61, 3), CONVERSATIONS[0]), ((64, 33, 3), CONVERSATIONS[0]), ((28, 28, 3), CONVERSATIONS[3]),
                          (None, CONVERSATIONS[1])):
         pictures = [] if shape is None else [Image.fromarray(rng.integers(0, 256, shape, np.uint8))]
         messages = [{"role": role, "content": content} for role, content in turns]
         text = processor.apply_chat_template(messages, add_generation_prompt=True)
         batch = processor(text=text, images=pictures or None, return_tensors="pt")
-        rows.append(ours.processor.encode(text))
-        images.append(list(ours.processor.images(pictures)))
-        assert batch["input_ids"][0].tolist() == [1024 if i == IMAGE_TOKEN else i for i in ours.processor.expand(rows[-1])]
+        row, images = ours.encode(text), list(ours.images(pictures))
+        assert batch["input_ids"][0].tolist() == [1024 if i == IMAGE_TOKEN else i for i in ours.expand(row)]
         if pictures:
-            np.testing.assert_allclose(batch["pixel_values"].permute(0, 2, 3, 1).numpy(), np.stack(images[-1]), atol=1e-6, rtol=0)
+            np.testing.assert_allclose(batch["pixel_values"].permute(0, 2, 3, 1).numpy(), np.stack(images), atol=1e-6, rtol=0)
+        yield batch, row, images
+
+
+def test_the_processor_gives_our_ids_and_pixels(tmp_path):
+    """Of another class, template and way to make images square than the next test's."""
+    transformers = pytest.importorskip("transformers")
+    cfg = config("llava_llama", template="up:vicuna_v1", image_aspect_ratio="square")
+    export(with_tokenizer(random_checkpoint(cfg), tmp_path / "files"), tmp_path / "hf")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil")
+    assert len(list(prepared(processor, Processor.load(tmp_path / "hf")))) == 4
+
+
+def test_processor_and_generate_give_our_tokens(tmp_path):
+    """The whole way of a user of transformers, offline: prompt, ids, pixels of images that are not square, greedy tokens."""
+    torch = pytest.importorskip("torch", reason="torch's CPU build is not installed")
+    transformers = pytest.importorskip("transformers")
+    import llavamed_jax as lm
+    cfg = config(template="v1.5:mistral_instruct", image_aspect_ratio="pad")
+    export(lively(random_checkpoint(cfg, seed=3), tmp_path / "files"), tmp_path / "hf")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf", backend="pil")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    ours, rows, images, theirs = lm.load(tmp_path / "hf", dtype="float32"), [], [], []
+    for batch, row, pixels in prepared(processor, ours.processor):
         with torch.no_grad():
             new = model.generate(**batch, max_new_tokens=12, do_sample=False)
+        rows.append(row)
+        images.append(pixels)
         theirs.append(new[0, batch["input_ids"].shape[1]:].tolist())
     assert ours.generate_tokens(rows, images, max_new_tokens=12) == theirs
     assert len(set(map(tuple, theirs))) > 2 and max(len(set(new)) for new in theirs) >= 6

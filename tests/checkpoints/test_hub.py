@@ -1,17 +1,25 @@
-"""Models by name, from a hub on loopback: only what is needed is fetched, the licence is said, and no hub is one sentence."""
+"""Models by name, from a hub on loopback: only what is needed is fetched, the licence is said, and no hub is one sentence.
+
+The environment decides where the hub is when huggingface_hub is imported: one test starts processes, the others change what it read.
+"""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from safetensors.numpy import save_file
 
+from llavamed_jax.checkpoints import hub as hubs
 from llavamed_jax.checkpoints.export.directory import export
 from llavamed_jax.checkpoints.torch import write
+from llavamed_jax.cli.convert import main
+from llavamed_jax.processor import Processor
 from tests.support import tiny
 from tests.support.local_hub import LocalHub
 
@@ -55,13 +63,28 @@ def hub(tmp_path_factory):
 
 
 @pytest.fixture
-def convert(hub, tmp_path):
-    """`python -m convert` against the hub, with a cache of its own."""
-    def run(*argv, **environment):
+def of_hub(hub, tmp_path, monkeypatch):
+    """Makes this process one that was started with the hub's address, and with a cache of its own."""
+    def begin(url=hub.url, is_offline=False):
         del hub.requests[:]
-        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
-               "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
-        return subprocess.run([sys.executable, "-m", "convert", *map(str, argv)], cwd=ROOT, env=env, capture_output=True, text=True)
+        for name, value in (("ENDPOINT", url), ("HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"),
+                            ("HF_HUB_CACHE", str(tmp_path / "home" / "hub")), ("HF_HUB_OFFLINE", is_offline),
+                            ("HF_HUB_DISABLE_PROGRESS_BARS", True)):
+            monkeypatch.setattr(constants, name, value)
+        hubs._fetch.cache_clear()
+        hubs._print_licence.cache_clear()
+    return begin
+
+
+@pytest.fixture
+def convert(of_hub, capfd):
+    """The command, as a process would run it."""
+    def run(*argv, **environment):
+        of_hub(**environment)
+        capfd.readouterr()
+        code = main([*map(str, argv)])
+        out, err = capfd.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err)
     return run
 
 
@@ -69,7 +92,13 @@ def fetched(hub):
     return {request.rsplit("/", 1)[1] for request in hub.requests if request.startswith("GET ") and "/resolve/" in request}
 
 
-def test_a_name_is_fetched_once_and_found_without_a_network(hub, convert, tmp_path):
+def test_a_name_is_fetched_once_and_found_without_a_network(hub, tmp_path):
+    def convert(*argv, **environment):
+        del hub.requests[:]
+        env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
+               "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
+        return subprocess.run([sys.executable, "-m", "convert", *argv], cwd=ROOT, env=env, capture_output=True, text=True)
+
     done = convert("inspect", "me/llava@v1")
     assert done.returncode == 0, done.stderr
     assert "llava layout, vision tower: the tensors in the checkpoint" in done.stdout
@@ -100,24 +129,21 @@ def test_an_adapter_is_fetched_with_its_base(hub, convert, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "adapter       2 kernels, rank 2, alpha 4" in done.stdout
     assert "adapter_model.safetensors" in fetched(hub) and "optimizer.bin" not in fetched(hub)
-    merged = convert("merge-lora", "--base", "me/llava", "--adapter", "me/lora", "--out", tmp_path / "out", HF_HUB_OFFLINE="1")
+    merged = convert("merge-lora", "--base", "me/llava", "--adapter", "me/lora", "--out", tmp_path / "out", is_offline=True)
     assert merged.returncode == 0 and not hub.requests, merged.stderr
 
 
-def test_a_processor_needs_no_weights(hub, tmp_path):
-    del hub.requests[:]
-    code = "from llavamed_jax.processor import Processor; print(Processor.load('me/llava').template_name)"
-    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "v1.5:mistral_instruct\n"), done.stderr
+def test_a_processor_needs_no_weights(hub, of_hub):
+    of_hub()
+    assert Processor.load("me/llava").template_name == "v1.5:mistral_instruct"
     assert "config.json" in fetched(hub) and not {name for name in fetched(hub) if name.endswith(WEIGHTS)}
 
 
 @pytest.mark.parametrize(("name", "environment", "sentence"), [
     ("me/nothing", {}, "me/nothing is not a directory here, and the hub model of this name does not exist on http://127.0.0.1"),
     ("me/llava@v9", {}, "me/llava@v9 is not a directory here, and the hub model of this name has no revision 'v9' on"),
-    ("me/llava", {"HF_HUB_OFFLINE": "1"}, "is not in the cache of hub models (HF_HUB_OFFLINE is set)"),
-    ("me/llava", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "is not in the cache of hub models (http://127.0.0.1:9 cannot be reached)"),
+    ("me/llava", {"is_offline": True}, "is not in the cache of hub models (HF_HUB_OFFLINE is set)"),
+    ("me/llava", {"url": "http://127.0.0.1:9"}, "is not in the cache of hub models (http://127.0.0.1:9 cannot be reached)"),
 ])
 def test_what_a_hub_does_not_give_is_one_sentence(name, environment, sentence, convert):
     done = convert("inspect", name, **environment)
@@ -139,7 +165,7 @@ def test_a_repository_without_weights(hub, convert, tmp_path):
     tiny.save(tmp_path / "empty", {**tiny.V1, "mm_vision_tower": "openai/clip-vit-large-patch14"})
     save_file(tiny.drawn({"x": (2, 2)}), tmp_path / "empty" / "pytorch_model.bin.gz")  # no name that weights have
     with LocalHub({"me/empty": tmp_path / "empty"}) as other:
-        done = convert("inspect", "me/empty", HF_ENDPOINT=other.url)
+        done = convert("inspect", "me/empty", url=other.url)
     assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith(
         "holds no weights; .safetensors or pytorch_model*.bin files were expected")
     assert "No files matched" not in done.stderr
@@ -151,11 +177,11 @@ def test_a_fetch_that_breaks_off_is_one_sentence_and_goes_on_from_there(hub, con
         tensors = tiny.drawn(tiny.decoder_shapes(tiny.LLAMA) | tiny.projector_shapes())
         tiny.save(tmp_path / "v1", {**tiny.V1, "mm_vision_tower": "me/clip"}, tensors)
         tiny.save_clip(tmp_path / "clip")
-        done = convert("import", "--checkpoint", "me/v1", "--out", tmp_path / "out", HF_ENDPOINT=other.url)
+        done = convert("import", "--checkpoint", "me/v1", "--out", tmp_path / "out", url=other.url)
         error = done.stderr.splitlines()[-1]
         assert (done.returncode, done.stdout) == (1, "") and not (tmp_path / "out").exists()
         assert error.startswith(f"error: me/v1 is not a directory here, and the hub model of this name could not be fetched from {other.url} ("), done.stderr
         assert "Traceback" not in done.stderr
         other.break_off = None
-        again = convert("import", "--checkpoint", "me/v1", "--out", tmp_path / "out", HF_ENDPOINT=other.url)
+        again = convert("import", "--checkpoint", "me/v1", "--out", tmp_path / "out", url=other.url)
     assert again.returncode == 0 and (tmp_path / "out" / "model").is_dir(), again.stderr

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -141,7 +142,7 @@ def test_an_export_goes_to_transformers_and_back(built, tmp_path, measured):
     """Transformers' LLaVA takes a ViT as its tower."""
     from llavamed_jax.models.llava import Llava
     images, ids = hf.images(1), towers.row(built.config)
-    ours = np.asarray(Llava(built.config).apply({"params": load_params(built)}, ids, images[None]))
+    ours = np.asarray(jax.jit(Llava(built.config).apply)({"params": load_params(built)}, ids, images[None]))
     for layout in ("transformers", "llava"):
         export(built, tmp_path / layout, layout)
         again = open_checkpoint(tmp_path / layout)
