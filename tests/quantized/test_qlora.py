@@ -14,11 +14,13 @@ from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.config.adapter import is_factor
 from llavamed_jax.errors import UsageError
+from llavamed_jax.evaluation.during_training import Samples, TrainedModel
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.models.stacking import stack, unstack
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.quantized.kernels import Kernel
 from llavamed_jax.training import state as states
+from llavamed_jax.training.callbacks import Callbacks
 from llavamed_jax.training.program import Program
 from llavamed_jax.training.step import llava_loss, make_train_step, put_batch
 from llavamed_jax.training.trainer import fit
@@ -34,10 +36,17 @@ def recipe(path, folder, **changes):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def run(path, tmp_path_factory):  # noqa: F811
-    folder = tmp_path_factory.mktemp("qlora")
-    assert fit(recipe(path, write_data(folder)), folder / "run")
-    return folder
+def run_with_answers(path, tmp_path_factory):  # noqa: F811
+    """The folder of a run, and the answers that its sampler gave at its end."""
+    folder, answers, sampler = tmp_path_factory.mktemp("qlora"), [], Samples(TrainedModel())
+    callbacks = Callbacks(sampler=lambda snapshot: answers.append(sampler(snapshot)) or answers[-1])
+    assert fit(recipe(path, write_data(folder), samples_every=5), folder / "run", callbacks)
+    return folder, answers
+
+
+@pytest.fixture(scope="module")
+def run(run_with_answers):
+    return run_with_answers[0]
 
 
 @pytest.mark.parametrize("how, element", [("int8", jnp.int8), ("int4", jnp.int4), ("nf4", jnp.uint4)])
@@ -134,11 +143,6 @@ def test_what_cannot_be_is_refused(path, tmp_path):  # noqa: F811
             fit(recipe(path, folder, **changes), tmp_path / "run")
 
 
-def test_answers_during_training_are_the_quantised_models(path, tmp_path):  # noqa: F811
-    from llavamed_jax.evaluation.during_training import Samples, TrainedModel
-    from llavamed_jax.training.callbacks import Callbacks
-    seen = []
-    sampler = Samples(TrainedModel())
-    cfg = recipe(path, write_data(tmp_path), total_steps=1, samples_every=1)
-    assert fit(cfg, tmp_path / "run", Callbacks(sampler=lambda snapshot: seen.append(sampler(snapshot)) or seen[-1]))
-    assert seen and seen[0] and all(isinstance(each.answer, str) for each in seen[0])
+def test_answers_during_training_are_the_quantised_models(run_with_answers):
+    _, (answers,) = run_with_answers
+    assert answers and all(isinstance(each.answer, str) for each in answers)

@@ -1,5 +1,6 @@
 """A whole model with kernels of few bits: which are rounded, that nothing else changes, meshes, adapters, commands."""
 
+import functools
 import json
 
 import jax
@@ -22,6 +23,13 @@ from tests.support.training_runs import write_start
 IDS = np.arange(3, 27, dtype=np.int32)[None]
 
 
+@functools.cache
+def forward(config, scan=False):
+    """The jitted model: (parameters by path, ids) -> logits."""
+    apply = jax.jit(Llava(config, scan=scan).apply)
+    return lambda flat: np.asarray(apply({"params": unflatten_dict(flat, sep="/")}, IDS))
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """A model with widths that groups divide."""
@@ -37,9 +45,8 @@ def test_the_decoders_kernels_and_nothing_else_are_rounded(path, name):
     assert is_rounded == {key for key in exact if key.startswith("decoder/layers_") and key.endswith("/kernel")} and len(is_rounded) == 14
     assert all(np.array_equal(rounded[key], exact[key]) for key in exact if key not in is_rounded)
     widened = {key: np.asarray(x.widened(jnp.float32)) if key in is_rounded else x for key, x in rounded.items()}
-    run = jax.jit(lambda params: Llava(checkpoint.config).apply({"params": params}, IDS))
     with jax.default_matmul_precision("highest"):
-        ours, wide, plain = (np.asarray(run(unflatten_dict(each, sep="/"))) for each in (rounded, widened, exact))
+        ours, wide, plain = map(forward(checkpoint.config), (rounded, widened, exact))
     np.testing.assert_allclose(ours, wide, atol=2e-5)
     error = np.abs(ours - plain).max() / np.abs(plain).max()
     assert 1e-4 < error < {"int8": 0.03, "int4": 0.4, "nf4": 0.4}[name]
@@ -62,30 +69,27 @@ def test_stacked_layers_are_rounded_one_by_one(path, name):
     for key, kernel in unstack(stacked).items():
         for ours, theirs in zip(jax.tree.leaves(kernel), jax.tree.leaves(single[key]), strict=True):
             assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs), key
-    models = [Llava(checkpoint.config, scan=scan) for scan in (True, False)]
-    one, two = (np.asarray(model.apply({"params": unflatten_dict(flat, sep="/")}, IDS))
-                for model, flat in zip(models, (stacked, single), strict=True))
-    np.testing.assert_allclose(one, two, atol=2e-5)
+    np.testing.assert_allclose(forward(checkpoint.config, scan=True)(stacked), forward(checkpoint.config)(single), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ROUNDINGS)
-def test_a_loaded_model_says_it_and_decodes_as_its_logits_say(path, name):
-    model = lm.load(path, quantize=name)
-    assert model.describe()["quantize"] == name and f"quantize {name}" in repr(model)
-    ids = IDS[0].tolist()
-    for _ in range(4):
-        ids.append(int(np.argmax(model.logits(np.array([ids], np.int32), None)[0, -1])))
-    assert model.generate_tokens([IDS[0].tolist()], [[]], max_new_tokens=4)[0] == ids[len(IDS[0]):]
+def test_a_loaded_model_says_it_and_decodes_as_its_logits_say(path):
+    models, ids = {name: lm.load(path, quantize=name) for name in ROUNDINGS}, IDS[0].tolist()
+    for name, model in models.items():
+        assert model.describe()["quantize"] == name and f"quantize {name}" in repr(model)
+    new = models["nf4"].generate_tokens([ids], [[]], max_new_tokens=4)[0]
+    logits = models["nf4"].logits(np.array([ids + new], np.int32), None)[0]
+    assert new == np.argmax(logits[len(ids) - 1:-1], axis=-1).tolist() and len(new) == 4
 
 
 def test_on_a_mesh_it_is_the_same(path):
+    checkpoint = open_checkpoint(path)
     for name in ROUNDINGS:
-        one, mesh = lm.load(path, quantize=name), lm.load(path, quantize=name, mesh="fsdp=2,tp=2")
-        np.testing.assert_allclose(mesh.logits(IDS, None), one.logits(IDS, None), atol=3e-5)
+        one = forward(checkpoint.config)(flatten_dict(load_params(checkpoint, np.float32, quantize=name), sep="/"))
+        mesh = lm.load(path, quantize=name, mesh="fsdp=2,tp=2")
+        np.testing.assert_allclose(mesh.logits(IDS, None), one, atol=3e-5)
         kernel = mesh.engine.params["decoder"]["layers_0"]["mlp"]["up_proj"]["kernel"]
         values = kernel.codes if name == "nf4" else kernel.values
         assert {shard.data.shape for shard in values.addressable_shards} == {(32, 64)}
-        assert mesh.generate_tokens([IDS[0].tolist()], [[]], 3) == one.generate_tokens([IDS[0].tolist()], [[]], 3)
 
 
 def test_an_adapter_stays_exact_over_a_rounded_base(path):
@@ -94,7 +98,7 @@ def test_an_adapter_stays_exact_over_a_rounded_base(path):
     checkpoint = attach(open_checkpoint(path), AdapterConfig((AdapterRule(r"decoder/layers_\d+/.*", 4, 8.0),)), 0)
     params = flatten_dict(load_params(checkpoint, np.float32, quantize="int4"), sep="/")
     assert sum(isinstance(x, Kernel) for x in params.values()) == sum(name.endswith("lora_a") for name in params) == 14
-    run = lambda flat: np.asarray(jax.jit(Llava(checkpoint.config).apply)({"params": unflatten_dict(flat, sep="/")}, IDS))
+    run = forward(checkpoint.config)
     plain = {name: x for name, x in params.items() if "_lora_" not in name}
     np.testing.assert_array_equal(run(params), run(plain))
     rng = np.random.default_rng(0)
