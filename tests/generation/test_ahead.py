@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from jax import monitoring
 
-from benchmarks.measure import random_params
 from llavamed_jax.adapters import peft_write
 from llavamed_jax.adapters.lora import attach
 from llavamed_jax.checkpoints.export.directory import export
@@ -20,6 +19,7 @@ from llavamed_jax.config.adapter import AdapterConfig, AdapterRule, is_factor
 from llavamed_jax.generation.ahead import compile_ahead, weights
 from llavamed_jax.generation.engine import Engine
 from llavamed_jax.generation.requests import Request
+from tests.support.random_params import random_params
 from tests.support.training_runs import write_start
 
 # Shapes of no other test, so that nothing of it is in the cache.

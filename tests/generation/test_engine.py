@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.measure import random_params
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.generation.engine import Engine
@@ -21,6 +21,8 @@ from llavamed_jax.generation.sampling import Sampling
 from llavamed_jax.models.decoders.cache import cache_bytes
 from llavamed_jax.models.llava import Llava
 from llavamed_jax.parallel.mesh import make_mesh
+from llavamed_jax.utils import private
+from tests.support.random_params import random_params
 
 CFG = LlavaConfig(
     VisionConfig(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, image_size=28, patch_size=4),
@@ -33,7 +35,7 @@ NEW = 24
 
 @pytest.fixture(scope="module")
 def params():
-    return random_params(CFG, seed=3)
+    return jax.device_put(random_params(CFG, seed=3))
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +203,7 @@ def test_nothing_is_taken_over_from_the_middle_of_an_image(params, engine):
 
 
 def test_a_cancelled_request_leaves_its_row_and_the_others_go_on(fresh):
-    engine, requests = fresh(batch_size=2), schedule(6, seed=7)
+    engine, requests = fresh(), schedule(8, seed=7)
     for request in requests:
         request.max_new_tokens, request.temperature = 20, 0.0
     expected = engine.generate(requests)
@@ -209,19 +211,19 @@ def test_a_cancelled_request_leaves_its_row_and_the_others_go_on(fresh):
     for index, tokens in engine.stream(requests):
         got[index] += tokens
         requests[index].cancelled = index in (0, 3)
-    assert all(got[i] == expected[i] for i in (1, 2, 4, 5))
+    assert all(got[i] == expected[i] for i in (1, 2, 4, 5, 6, 7))
     assert all(got[i] == expected[i][: len(got[i])] and len(got[i]) <= 9 for i in (0, 3))
     assert not engine._rows.running
 
 
 def test_closing_a_stream_cancels_what_is_left(fresh):
-    engine, requests = fresh(batch_size=2), schedule(5, seed=8)
+    engine, requests = fresh(), schedule(7, seed=8)
     stream = engine.stream(requests)
     next(stream)
     stream.close()
     engine.advance()
     assert not engine._rows.running and not engine._waiting and np.asarray(engine._slots.is_done).all()
-    assert engine.generate(schedule(5, seed=8)) == fresh(batch_size=1).generate(schedule(5, seed=8))
+    assert engine.generate(schedule(7, seed=8)) == fresh(batch_size=1).generate(schedule(7, seed=8))
 
 
 def test_two_open_streams_share_the_rows(params, engine):
@@ -248,12 +250,34 @@ def test_a_request_that_is_no_number_fails_alone_and_leaves_nothing_behind(engin
     assert engine.generate(schedule(7, seed=12)) == expected  # in the row that the broken one had, too
 
 
-def test_on_a_mesh_the_tokens_are_the_same(params, engine):
+@pytest.fixture(scope="module")
+def on_mesh(params):
+    """Of four shards, which make four rows of three."""
+    return Engine(CFG, params, mesh=make_mesh("data=2,fsdp=2,tp=2"), batch_size=3, steps=4)
+
+
+def test_on_a_mesh_the_tokens_are_the_same(engine, on_mesh):
     requests = [Request([1] + IMG + [4 + i, 5, 6], [image], 4 + i) for image in images(2) for i in range(5)]
-    on_mesh = Engine(CFG, params, mesh=make_mesh("data=2,fsdp=2,tp=2"), batch_size=4, steps=4)
-    seen = count_positions(on_mesh)
-    assert on_mesh.generate(requests) == engine.generate(requests)
+    seen, tokens, outside = count_positions(on_mesh), [[] for _ in requests], []
+    for index, new in on_mesh.stream(requests):
+        tokens[index] += new
+        outside.append(jax.sharding.get_abstract_mesh().empty)
+    assert tokens == engine.generate(requests)
     assert seen["positions"] == 2 * (P + 4) + 8 * 3
+    assert all(outside)  # whoever consumes the stream is not inside the engine's mesh
+    # What a program returns lies where the next one takes it: rows of one shape have one loop.
+    assert private.compilations(on_mesh.programs._programs["decode"]) == 1
+
+
+def test_rows_and_heads_lie_on_the_mesh(on_mesh):
+    on_mesh.generate([Request([1] + IMG + [4, 5, 6], images(1), 4)])
+    rows, kernels = ("data", "fsdp"), on_mesh.params["decoder"]["layers_0"]["self_attn"]
+    cache = NamedSharding(on_mesh.mesh, PartitionSpec(rows, "tp"))
+    assert all(leaf.sharding.is_equivalent_to(cache, leaf.ndim) for leaf in jax.tree.leaves(on_mesh._slots.caches))
+    assert on_mesh._slots.token.sharding.spec == PartitionSpec(rows)
+    assert [kernels[f"{p}_proj"]["kernel"].sharding.spec for p in "qkvo"] == [
+        PartitionSpec("fsdp", "tp")] * 3 + [PartitionSpec("tp", "fsdp")]
+    assert on_mesh.params["decoder"]["lm_head"]["kernel"].sharding.spec == PartitionSpec("fsdp", "tp")
 
 
 def test_the_cache_takes_what_the_formula_says(engine):
@@ -307,7 +331,7 @@ def test_a_request_waits_for_another_that_begins_alike():
 
 def test_other_weights_take_nothing_over(engine, programs):
     first = engine.generate(schedule(4, seed=14))
-    engine.params = random_params(CFG, seed=4)
+    engine.params = jax.device_put(random_params(CFG, seed=4))
     other = Engine(CFG, engine.params, batch_size=4, programs=programs)
     assert engine.generate(schedule(4, seed=14)) == other.generate(schedule(4, seed=14)) != first
 

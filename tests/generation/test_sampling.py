@@ -82,7 +82,7 @@ def draw(logits, chosen):
     return jitted_next_token(jnp.tile(logits, (len(chosen.top_k), 1)), chosen, jnp.zeros(len(chosen.top_k), jnp.int32))
 
 
-@pytest.mark.parametrize("temperature,top_k,top_p", [s for s in SETTINGS if s[1] != 1 and s[2] > 0.1])
+@pytest.mark.parametrize("temperature,top_k,top_p", [(1.0, 0, 1.0), (1.3, 0, 0.8), (0.9, 7, 0.6)])
 def test_draws_have_transformers_distribution(temperature, top_k, top_p, transformers_warped):
     logits = np.random.default_rng(7).permutation(np.linspace(0, 2, 60, dtype=np.float32))[None]
     p = torch.softmax(torch.tensor(transformers_warped(logits, temperature, top_k, top_p)[0]).double(), -1).numpy()
