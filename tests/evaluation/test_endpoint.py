@@ -334,7 +334,8 @@ def test_nothing_of_jax_or_torch_is_imported(tmp_path):
             "sys.meta_path.insert(0, Absent)\n"
             "from llavamed_jax.cli.eval import main\n"
             "middle = sys.argv.index('and')\n"
-            "sys.exit(main(sys.argv[1:middle]) or main(sys.argv[middle + 1:]) or 'torch' in sys.modules)")
+            "sys.exit(main(sys.argv[1:middle]) or main(sys.argv[middle + 1:])\n"
+            "         or not {'torch', 'google.cloud.storage'}.isdisjoint(sys.modules))")
     predictions = tmp_path / "p.jsonl"
     lines = ({"question_id": sample.question_id, "text": "yes"} for sample in read_vqa_rad(SAMPLE, "test", "clean"))
     predictions.write_text("".join(json.dumps(line) + "\n" for line in lines))
