@@ -21,7 +21,7 @@ from llavamed_jax.models.towers import MODULES
 from llavamed_jax.parallel.mesh import make_mesh, param_shardings
 from llavamed_jax.training.losses import cross_entropy
 
-DECODER = DecoderConfig(64, 32, 48, 2, 4, 2, 8, 1e-5, 1e4, 128, architecture="mistral")
+DECODER = DecoderConfig(64, 32, 48, 1, 4, 2, 8, 1e-5, 1e4, 128, architecture="mistral")
 KINDS = list(dict.fromkeys(TOWERS.values()))
 
 
