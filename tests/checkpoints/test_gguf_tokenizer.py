@@ -12,6 +12,7 @@ from llavamed_jax.checkpoints.gguf.directory import import_decoder  # noqa: E402
 from llavamed_jax.cli.convert import main  # noqa: E402
 from llavamed_jax.text.tokenizer import Tokenizer  # noqa: E402
 from tests.support import gguf_files, tiny  # noqa: E402
+from tests.support.training_runs import SAMPLE  # noqa: E402
 
 CHARACTERS = "abcdefghijklmnopqrst LMNRS  0123456789 .,;:!?'\n\r\t  \u00e9u\u0308\u00f1\u65e5\u672c\U0001f600_-()[]{}<>|/\\\"\u00b2\u00bd\u2167\u0663\u2581\u017f\u200b"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool>"]
@@ -171,19 +172,23 @@ def check_pieces(model, tmp_path, decoder=(), **changes):
         *before.encode("a"), size, *before.encode("b", bos=False), size + 1, *before.encode("c", bos=False)]
 
 
-# Before July 2024; since then; and without the id of the unknown token, which is then 0.
-@pytest.mark.parametrize("decoder, changes", [({}, {}), (SPECIAL_OF_LLAMA, {}), (SPECIAL_OF_LLAMA, {"tokenizer.ggml.unknown_token_id": None})])
-def test_mistrals_pieces_come_back(decoder, changes, mistral_tokenizer, tmp_path):
-    check_pieces(mistral_tokenizer, tmp_path, decoder, **changes)
+def test_mistrals_pieces_come_back(mistral_tokenizer, tmp_path):
+    check_pieces(mistral_tokenizer, tmp_path, SPECIAL_OF_LLAMA)
+
+
+# Before July 2024; and without the id of the unknown token, which is then 0.
+@pytest.mark.parametrize("decoder, changes", [({}, {}), (SPECIAL_OF_LLAMA, {"tokenizer.ggml.unknown_token_id": None})])
+def test_pieces_of_other_files_come_back(decoder, changes, tmp_path):
+    check_pieces(SAMPLE / "tokenizer.model", tmp_path, decoder, **changes)
 
 
 def test_llamas_pieces_come_back(llama_tokenizer, tmp_path):
     check_pieces(llama_tokenizer, tmp_path, SPECIAL_OF_LLAMA)
 
 
-def test_the_unknown_token_is_the_one_that_the_file_names(mistral_tokenizer, tmp_path):
+def test_the_unknown_token_is_the_one_that_the_file_names(tmp_path):
     decoder = {0: ("<pad>", True), 1: ("<s>", True), 2: ("</s>", True), 300: ("<odd>", True)}
-    metadata = of_sentencepiece(mistral_tokenizer, decoder=decoder) | {"tokenizer.ggml.unknown_token_id": 300}
+    metadata = of_sentencepiece(SAMPLE / "tokenizer.model", decoder=decoder) | {"tokenizer.ggml.unknown_token_id": 300}
     import_decoder(write_sentencepiece(tmp_path / "tiny.gguf", metadata), tmp_path / "decoder")
     import sentencepiece
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "decoder" / "tokenizer.model"))
@@ -191,10 +196,10 @@ def test_the_unknown_token_is_the_one_that_the_file_names(mistral_tokenizer, tmp
 
 
 @pytest.mark.parametrize("has_prefix", [True, False])
-def test_transformers_reads_the_same_ids_of_pieces(has_prefix, mistral_tokenizer, tmp_path, capsys):
+def test_transformers_reads_the_same_ids_of_pieces(has_prefix, tmp_path, capsys):
     """Its defaults differ: text behind a special token, the blank before a text. (A text that begins with a blank gets no other in 5.)"""
     transformers = pytest.importorskip("transformers")
-    metadata = of_sentencepiece(mistral_tokenizer, decoder=SPECIAL_OF_LLAMA) | {"tokenizer.ggml.add_space_prefix": has_prefix}
+    metadata = of_sentencepiece(SAMPLE / "tokenizer.model", decoder=SPECIAL_OF_LLAMA) | {"tokenizer.ggml.add_space_prefix": has_prefix}
     import_decoder(write_sentencepiece(tmp_path / "tiny.gguf", metadata), tmp_path / "decoder")
     ours, theirs = Tokenizer.load(tmp_path / "decoder"), transformers.AutoTokenizer.from_pretrained(tmp_path / "decoder")
     assert "warning" not in capsys.readouterr().err
@@ -204,14 +209,14 @@ def test_transformers_reads_the_same_ids_of_pieces(has_prefix, mistral_tokenizer
     assert any(marked) is has_prefix and len(theirs) == ours.vocab_size
 
 
-def test_no_blank_is_put_before_a_text_if_the_file_says_so(mistral_tokenizer, tmp_path):
-    metadata = of_sentencepiece(mistral_tokenizer)
+def test_no_blank_is_put_before_a_text_if_the_file_says_so(tmp_path):
+    metadata = of_sentencepiece(SAMPLE / "tokenizer.model")
     write_sentencepiece(tmp_path / "tiny.gguf", metadata, **{"tokenizer.ggml.add_space_prefix": False})
     import_decoder(tmp_path / "tiny.gguf", tmp_path / "decoder")
     tokenizer = Tokenizer.load(tmp_path / "decoder")
     assert tokenizer.decode(tokenizer.encode(" lung", bos=False)) == " lung"
-    assert tokenizer.encode("lung", bos=False) != Tokenizer.load(mistral_tokenizer).encode("lung", bos=False)
-    assert tokenizer.encode(" lung", bos=False) == Tokenizer.load(mistral_tokenizer).encode("lung", bos=False)
+    assert tokenizer.encode("lung", bos=False) != Tokenizer.load(SAMPLE / "tokenizer.model").encode("lung", bos=False)
+    assert tokenizer.encode(" lung", bos=False) == Tokenizer.load(SAMPLE / "tokenizer.model").encode("lung", bos=False)
 
 
 BAD = {

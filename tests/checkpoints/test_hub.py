@@ -1,6 +1,6 @@
 """Models by name, from a hub on loopback: only what is needed is fetched, the licence is said, and no hub is one sentence.
 
-The environment decides where the hub is when huggingface_hub is imported: one test starts processes, the others change what it read.
+The environment decides where the hub is when huggingface_hub is imported: one test starts processes, the others replace what it read.
 """
 
 import json
@@ -92,14 +92,14 @@ def fetched(hub):
     return {request.rsplit("/", 1)[1] for request in hub.requests if request.startswith("GET ") and "/resolve/" in request}
 
 
-def test_a_name_is_fetched_once_and_found_without_a_network(hub, tmp_path):
-    def convert(*argv, **environment):
+def test_a_name_is_fetched_once_and_found_without_a_network(hub, convert, tmp_path):
+    def in_a_process(*argv, **environment):
         del hub.requests[:]
         env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
                "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
         return subprocess.run([sys.executable, "-m", "convert", *argv], cwd=ROOT, env=env, capture_output=True, text=True)
 
-    done = convert("inspect", "me/llava@v1")
+    done = in_a_process("inspect", "me/llava@v1")
     assert done.returncode == 0, done.stderr
     assert "llava layout, vision tower: the tensors in the checkpoint" in done.stdout
     assert "licence apache-2.0" in done.stderr and done.stderr.count("licence") == 1
@@ -110,7 +110,7 @@ def test_a_name_is_fetched_once_and_found_without_a_network(hub, tmp_path):
 
     again = convert("inspect", "me/llava@v1")
     assert (again.returncode, again.stdout) == (0, done.stdout) and not fetched(hub)
-    offline = convert("inspect", "me/llava@v1", HF_HUB_OFFLINE="1")
+    offline = in_a_process("inspect", "me/llava@v1", HF_HUB_OFFLINE="1")
     assert (offline.returncode, offline.stdout) == (0, done.stdout) and not hub.requests
     assert "licence apache-2.0" in offline.stderr
 
