@@ -90,7 +90,7 @@ def damaged(tmp_path_factory):
     return folder, [kind for _, kind in rows]
 
 
-@pytest.mark.parametrize("file, workers", [("list.json", 0), ("lines.jsonl", 2)])
+@pytest.mark.parametrize("file, workers", [("list.json", 0), ("lines.jsonl", 1)])
 def test_two_hundred_damaged_samples_are_skipped_counted_and_listed(processor, damaged, file, workers):
     folder, kinds = damaged
     data = read_training(folder / file, folder / "images")
@@ -125,7 +125,7 @@ def test_lengths_of_large_data_are_measured_in_workers_and_kept(processor, damag
     here = lengths.measure(data, processor, MAX_LENGTH)
     monkeypatch.setattr(lengths, "LARGE", 10)
     monkeypatch.setattr(lengths, "BLOCK", 100)
-    there = lengths.measure(data, processor, MAX_LENGTH, num_workers=2, cache=tmp_path)
+    there = lengths.measure(data, processor, MAX_LENGTH, num_workers=1, cache=tmp_path)
     monkeypatch.setattr(lengths, "_Measure", None)  # is not called again
     kept = lengths.measure(data, processor, MAX_LENGTH, cache=tmp_path)
     for found in (there, kept):

