@@ -345,8 +345,8 @@ def test_text_that_means_harm_takes_no_time(short, long, work):
         assert work(length)
         return time.thread_time() - begun
 
-    best = lambda length: min(cost(length) for _ in range(2))
-    assert best(long) < 3 * long / short * best(short) + 0.05  # the square would be 8 times as much
+    # The square would be 8 times as much. Again where something else took the processor's caches.
+    assert any(cost(long) < 3 * long / short * cost(short) + 0.05 for _ in range(3))
 
 
 def test_a_signal_stops_the_reading_of_one_article(monkeypatch):
