@@ -123,8 +123,8 @@ def test_lengths_of_large_data_are_measured_in_workers_and_kept(processor, damag
     folder, _ = damaged
     data = read_training(folder / "list.json", folder / "images")
     here = lengths.measure(data, processor, MAX_LENGTH)
+    assert lengths.BLOCK < data.num_records < 2 * lengths.BLOCK, "two blocks"
     monkeypatch.setattr(lengths, "LARGE", 10)
-    monkeypatch.setattr(lengths, "BLOCK", 100)
     there = lengths.measure(data, processor, MAX_LENGTH, num_workers=1, cache=tmp_path)
     monkeypatch.setattr(lengths, "_Measure", None)  # is not called again
     kept = lengths.measure(data, processor, MAX_LENGTH, cache=tmp_path)
