@@ -14,7 +14,7 @@ from tests.support import xla
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = xla.flags(8, os.environ.get("XLA_FLAGS", ""))
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "2")  # torch and BLAS beside XLA: more threads than cores only slow each other
+    os.environ.setdefault(variable, "1")  # two workers on two cores: threads that wait for work take it from XLA's
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and the loader's forks do not mix
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never asks a hub
 # Where an operation of a program comes from, which is walked and written for each of them; no test reads it.
