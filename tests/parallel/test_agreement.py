@@ -286,6 +286,7 @@ def test_other_rows_of_equal_records_are_refused(cfg, tmp_path, several):
 def test_what_each_process_chooses_by_its_memory_is_compared(cfg, tmp_path, monkeypatch, part):
     """`fit` compares it where it is chosen: both processes end with one sentence."""
     runs.write_start(tmp_path / "start")
+    (tmp_path / "run").mkdir()  # process 0 has made it; the others would wait for it
     meshes, chosen = [make_mesh("data=1"), make_mesh("fsdp=2")], [Settings("minimal", 1), Settings("full", 4)]
     found = []
     for k in range(2):
