@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 from safetensors.numpy import save_file
 
 from llavamed_jax.checkpoints import hub as hubs
@@ -171,8 +171,9 @@ def test_a_repository_without_weights(hub, convert, tmp_path):
     assert "No files matched" not in done.stderr
 
 
-def test_a_fetch_that_breaks_off_is_one_sentence_and_goes_on_from_there(hub, convert, tmp_path):
+def test_a_fetch_that_breaks_off_is_one_sentence_and_goes_on_from_there(hub, convert, tmp_path, monkeypatch):
     """The client tries a few times itself before it gives up."""
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))  # a second between two tries
     with LocalHub({"me/clip": tmp_path / "clip", "me/v1": tmp_path / "v1"}, break_off=1000) as other:
         tensors = tiny.drawn(tiny.decoder_shapes(tiny.LLAMA) | tiny.projector_shapes())
         tiny.save(tmp_path / "v1", {**tiny.V1, "mm_vision_tower": "me/clip"}, tensors)

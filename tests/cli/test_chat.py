@@ -196,7 +196,7 @@ sys.exit(chat.main(["--checkpoint", "x"]))
 def in_a_terminal(script, **environment):
     """Waits for each text and types what belongs to it; returns the exit status and all that was shown.
 
-    A Ctrl-C is typed again where nothing follows it for some seconds: CPython looks for signals before it waits for a line, so that
+    A Ctrl-C is typed again where nothing follows it for a second: CPython looks for signals before it waits for a line, so that
     one which comes between the prompt and the wait is first seen when the line is there (a person presses again, too).
     """
     pty = pytest.importorskip("pty", reason="there are no pseudo-terminals here")
@@ -207,8 +207,8 @@ def in_a_terminal(script, **environment):
     for text, typed in [*script, (None, b"")]:
         while text is None or text not in shown[at:]:
             try:
-                for _ in range(40):
-                    if select.select([terminal], [], [], 3)[0]:
+                for _ in range(120):
+                    if select.select([terminal], [], [], 1)[0]:
                         break
                     if typed_last == b"\x03":
                         os.write(terminal, typed_last)

@@ -159,7 +159,7 @@ def test_a_tpu_is_told_by_its_vendor_and_asks_its_machine(monkeypatch, tmp_path,
     monkeypatch.setattr(clusters, "Path", lambda _: tmp_path)
     monkeypatch.setattr(clusters.importlib.util, "find_spec", lambda name: name)
     with HTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
         assert clusters.detected({}) == found
         server.shutdown()

@@ -144,7 +144,7 @@ def running():
     """Yields a store; `Bucket` of both schemes leads to it inside the block."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.store, server.daemon_threads = Store(), True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     try:
         with emulators.environment({"STORAGE_EMULATOR_HOST": url, "AWS_ENDPOINT_URL": url, "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", **emulators.KEYS}):

@@ -1,7 +1,9 @@
 """Answers of both vendors' protocols that emulators do not give: other refusals, lost answers, and the objects of folders."""
 
+import asyncio
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,8 +24,10 @@ def store(monkeypatch):
 
 
 @pytest.fixture(params=["gs", "s3"])
-def url(request):
+def url(request, monkeypatch):
     pytest.importorskip(stores.PACKAGES[request.param][0])
+    if request.param == "gs":  # it waits for seconds before it sends a request again
+        monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=lambda seconds: asyncio.sleep(seconds / 100)))
     return f"{request.param}://{emulators.BUCKET}/run"
 
 

@@ -80,16 +80,19 @@ def test_the_first_signal_sets_a_flag_that_the_loop_reads(number):
     assert (process.returncode, out, err) == (75, "saved\n", f"{signal.Signals(number).name}: the step is saved\n")
 
 
-@pytest.mark.parametrize("second, work", [(INT, NATIVE), (TERM, "while True: time.sleep(0.01)"), (HUP, "while True: time.sleep(0.01)")])
-def test_a_second_signal_ends_what_does_not_read_the_flag(second, work):
-    process = start(f"begin('error: ended by a second {{name}}', 3)\n{work}")
-    process.send_signal(TERM)
-    process.send_signal(TERM)  # as `timeout` sends it, twice in a moment: one signal
+def test_a_second_signal_ends_what_does_not_read_the_flag():
+    processes = {second: start(f"begin('error: ended by a second {{name}}', 3)\n{work}") for second, work in (
+        (TERM, "while True: time.sleep(0.01)"), (HUP, "while True: time.sleep(0.01)"), (INT, NATIVE))}
+    for process in processes.values():
+        process.send_signal(TERM)
+        process.send_signal(TERM)  # as `timeout` sends it, twice in a moment: one signal
     time.sleep(0.5)
-    assert process.poll() is None
+    assert all(process.poll() is None for process in processes.values())
     time.sleep(0.7)  # a terminal that closes may send SIGHUP twice within a second
-    process.send_signal(second)
-    assert end(process) == [f"error: ended by a second {second.name}"] and process.returncode == 3
+    for second, process in processes.items():
+        process.send_signal(second)
+    for second, process in processes.items():
+        assert end(process) == [f"error: ended by a second {second.name}"] and process.returncode == 3
 
 
 def test_what_stops_at_nothing_is_ended_when_its_grace_is_over():
@@ -112,14 +115,14 @@ def test_a_signal_inside_a_callback_of_the_garbage_collector_is_not_lost():
 
 
 def test_nohup_keeps_a_lost_terminal_from_stopping_it():
-    body = "begin('', note='heard')\nfor _ in range(100):\n    time.sleep(0.01)\nreturn 0 if not signals.is_asked() else 75"
+    body = "begin('', note='heard')\nfor _ in range(30):\n    time.sleep(0.01)\nreturn 0 if not signals.is_asked() else 75"
     process = start(body, preexec_fn=lambda: signal.signal(HUP, signal.SIG_IGN))
     process.send_signal(HUP)
     assert end(process) == [] and process.returncode == 0
 
 
 def test_signals_to_a_command_that_is_done_change_nothing():
-    body = "begin('')\nprint('done', flush=True)\nsignals.enter(signals.over(0))\ntime.sleep(1)"
+    body = "begin('')\nsignals.enter(signals.over(0))\nprint('done', flush=True)\ntime.sleep(0.3)"
     process = start(body)
     assert process.stdout.readline() == "done\n"
     process.send_signal(TERM)
@@ -195,7 +198,7 @@ def test_a_terminal_that_is_gone_takes_no_work_with_it():
     pty = pytest.importorskip("pty", reason="there are no pseudo-terminals here")
     ours, theirs = pty.openpty()
     code = ("import sys, time\nfrom llavamed_jax.cli import common\ndef program(argv):\n    print('begun', flush=True)\n"
-            "    time.sleep(0.5)\n    for _ in range(9):\n        print('out', flush=True)\n"
+            "    time.sleep(0.3)\n    for _ in range(9):\n        print('out', flush=True)\n"
             "        print('err', file=sys.stderr, flush=True)\n    return 5\n"
             "common.command(lambda: program)")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=theirs,
