@@ -16,6 +16,8 @@ from llavamed_jax.evaluation.report import page as page_of
 from llavamed_jax.evaluation.report import report
 from llavamed_jax.evaluation.scoring import score
 from llavamed_jax.evaluation.scoring.items import AnswerSet
+from llavamed_jax.images.load import Stored
+from llavamed_jax.images.thumbnail import thumbnail
 from llavamed_jax.utils import code
 
 _VOID = {"meta", "img", "rect", "line", "br"}
@@ -121,6 +123,22 @@ def test_as_many_right_as_wrong_answers_are_drawn(samples):
     other = score.score(AnswerSet(samples, predictions), dataset="vqa_rad", split="test", seed=1)
     again = parts(report.render(other, AnswerSet(samples, predictions)))["Right, partly right and wrong answers"]
     assert re.findall("alt=.(.*?)\"", again) != re.findall("alt=.(.*?)\"", page), "another seed draws others"
+
+
+def test_a_thumbnail_is_of_the_file_as_it_is(tmp_path):
+    """It is drawn once for all places of a page, and anew where the file has changed or is gone."""
+    path = tmp_path / "a.png"
+    found = []
+    for color in ("red", "blue"):
+        Image.new("RGB", (600, 400), color).save(path)
+        found.append(thumbnail(path))
+        assert thumbnail(path) is thumbnail(str(path)) is found[-1]
+    red, blue = (Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).getpixel((9, 9)) for url in found)
+    assert red[0] > 200 > 50 > red[2] and blue[2] > 200 > 50 > blue[0]
+    stored = [thumbnail(Stored(str(path), (tmp_path / "a.png").read_bytes())), thumbnail(Stored(str(path), b"none"))]
+    assert stored == [found[1], None], "bytes that are at hand are not those of the file of this name"
+    path.unlink()
+    assert thumbnail(path) is None
 
 
 def test_huge_texts_are_cut_and_say_so(samples):
