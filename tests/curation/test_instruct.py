@@ -94,7 +94,7 @@ def test_replies_that_do_not_come_in_time_are_asked_for_again(tmp_path, fast):
     write_lines(tmp_path / "figures.jsonl", [figure(n) for n in range(20)])
     with server(fault_rate=0.3, faults=("slow",), slow=60) as found:
         argv = words(tmp_path, found.url)
-        argv[argv.index("--timeout") + 1] = "2"
+        argv[argv.index("--timeout") + 1] = "0.7"
         assert command_line.main(argv) == 0
         assert found.faults_met()["slow"] >= 2
     check(tmp_path, 20)

@@ -38,7 +38,7 @@ from tests.support.chat_set import (
     scores,
     write_chat_set,
 )
-from tests.support.openai_server import OpenAiServer
+from tests.support.openai_server import FAULTS, OpenAiServer
 
 # For what need not be shown on 193: both types, all domains; one question is unscored (144), two are asked about again (24, 84).
 FEW = [record for record in chat_records() if record["question_id"] % 12 == 0 or record["question_id"] in (1, 45)]
@@ -152,7 +152,7 @@ def command(folder, server, workdir="out", **changes):
 
 def test_the_193_questions_through_faults(folder, capsys):
     with OpenAiServer(judge, fault_rate=0.1, slow=6.0) as server:
-        assert cli.main(command(folder, server)) == 0
+        assert cli.main(command(folder, server, **{"judge.timeout": 1.5})) == 0
         metrics = check_whole(folder / "out", server, chat_records())
         kinds = {fault.split()[0] for fault in server.faults_met()}
         assert kinds == {"429", "500", "slow", "malformed", "empty", "dropped"}
@@ -170,7 +170,7 @@ def test_the_193_questions_through_faults(folder, capsys):
 
 def test_a_killed_run_pays_for_nothing_twice(folder):
     """SIGKILL, then SIGTERM, then to the end: what was kept is not asked about again, what is asked is kept."""
-    with OpenAiServer(judge, fault_rate=0.1, slow=6.0, delay=0.02) as server:
+    with OpenAiServer(judge, fault_rate=0.1, faults=[each for each in FAULTS if each != "slow"], delay=0.02) as server:
         cache = folder / "out" / "judge_cache.jsonl"
         kept = []
         for stop, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from llavamed_jax.evaluation.scoring.predictions import read_predictions
 from llavamed_jax.images.load import load_image
 from llavamed_jax.openai_client import client
 from tests.support.openai_server import OpenAiServer, Raw, yes_or_no
+from tests.support.training_runs import images
 from tests.support.words import instead
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -178,14 +180,25 @@ def hurried(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def test_faults_change_nothing_but_the_time(hurried, tmp_path, capsys):
-    """A whole evaluation with its controls, against a server without faults and one that fails at every tenth request."""
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The sample with small images: a request is a kilobyte or two."""
+    folder = shutil.copytree(SAMPLE, tmp_path_factory.mktemp("small") / "vqa_rad", ignore=shutil.ignore_patterns("images"))
+    shutil.copytree(images(), folder / "images")
+    return folder
+
+
+def test_faults_change_nothing_but_the_time(hurried, small, tmp_path, capsys):
+    """A whole evaluation with its controls, against a server without faults and one that fails at every fourth request."""
+    held_out = tmp_path / "held_out.json"
+    held_out.write_text(json.dumps({"images": json.loads((SAMPLE / "held_out.json").read_text())["images"][:6]}))
+    asks = [*ARGV, f"--config.data.root={small}", f"--config.data.held_out={held_out}", "--control", "image"]
     with OpenAiServer(yes_or_no) as server:
-        assert cli.main([*ARGV, "--endpoint", server.url, "--workdir", str(tmp_path / "calm"), "--control", "image"]) == 0
+        assert cli.main([*asks, "--endpoint", server.url, "--workdir", str(tmp_path / "calm")]) == 0
         wanted = Counter(each.asked for each in server.log)
-    with OpenAiServer(yes_or_no, fault_rate=0.1, slow=60) as server:
-        argv = [*ARGV, "--endpoint", server.url, "--workdir", str(tmp_path / "rough"), "--control", "image"]
-        assert cli.main([*argv, "--timeout", "4", "--concurrency", "12"]) == 0
+    with OpenAiServer(yes_or_no, fault_rate=0.25, slow=60) as server:
+        argv = [*asks, "--endpoint", server.url, "--workdir", str(tmp_path / "rough")]
+        assert cli.main([*argv, "--timeout", "1", "--concurrency", "12"]) == 0
     for name in ("predictions.jsonl", "predictions_control_image.jsonl"):
         assert (tmp_path / "calm" / name).read_bytes() == (tmp_path / "rough" / name).read_bytes()
     found = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("calm", "rough")]
@@ -226,9 +239,10 @@ def kept(workdir):
     return [json.loads(line)["question"] for line in lines]
 
 
-def test_a_killed_evaluation_goes_on_without_asking_again(hurried, tmp_path, capsys):
+def test_a_killed_evaluation_goes_on_without_asking_again(hurried, small, tmp_path, capsys):
+    root = f"--config.data.root={small}"
     with OpenAiServer(yes_or_no, fault_rate=0.1, faults=("429", "500", "malformed", "dropped"), delay=0.1) as server:
-        first = start(server, tmp_path)
+        first = start(server, tmp_path, root)
         wait_for_answers(server, 40)
         first.kill()
         first.communicate()
@@ -239,7 +253,7 @@ def test_a_killed_evaluation_goes_on_without_asking_again(hurried, tmp_path, cap
         asked_before = Counter(each.asked for each in server.log if each.fault is None)
         server.log.clear()
         server.delay = 0.0
-        assert cli.main([*ARGV, "--endpoint", server.url, "--workdir", str(tmp_path)]) == 0
+        assert cli.main([*ARGV, root, "--endpoint", server.url, "--workdir", str(tmp_path)]) == 0
         assert f"{len(places)} answers of an earlier start are reused" in capsys.readouterr().err
     assert 30 <= len(places) <= 40 + 8, "each answer is on the disk soon after it came"
     samples = read_predictions(tmp_path / "predictions.jsonl")
@@ -247,7 +261,7 @@ def test_a_killed_evaluation_goes_on_without_asking_again(hurried, tmp_path, cap
     assert len(answered) == len(samples) - len(places), "exactly those that were not kept"
     again = Counter(each.asked for each in answered) & asked_before
     assert again.total() <= 8, "of what was asked before only what was under way"
-    folder = SAMPLE / "images"
+    folder = small / "images"
     for each in samples:
         ((_, request),) = endpoint._requests([(each["prompt"], (str(folder / each["metadata"]["image"]),))], [0], {})
         assert each["text"] == yes_or_no({"messages": request}), "each answer stands at its own question"
@@ -325,7 +339,7 @@ def test_a_key_that_is_refused_is_not_printed(hurried, tmp_path, monkeypatch, ca
     assert "answers 401 Unauthorized: Incorrect API key provided: [key]" in said and "secret" not in said
 
 
-def test_nothing_of_jax_or_torch_is_imported(tmp_path):
+def test_nothing_of_jax_or_torch_is_imported(small, tmp_path):
     """A machine that only asks a server, or only scores, needs no accelerator's software, and waits for none to be imported."""
     code = ("import sys\n"
             "class Absent:  # not None in sys.modules, which scipy takes for a module\n"
@@ -339,7 +353,7 @@ def test_nothing_of_jax_or_torch_is_imported(tmp_path):
     predictions = tmp_path / "p.jsonl"
     lines = ({"question_id": sample.question_id, "text": "yes"} for sample in read_vqa_rad(SAMPLE, "test", "clean"))
     predictions.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    common = ["--config", str(ROOT / "configs/eval/vqa_rad.py"), f"--config.data.root={SAMPLE}", "--workdir"]
+    common = ["--config", str(ROOT / "configs/eval/vqa_rad.py"), f"--config.data.root={small}", "--workdir"]
     with OpenAiServer(yes_or_no) as server:
         asks = [*common, str(tmp_path / "asked"), "--endpoint", server.url, "--model", "tiny"]
         scores = [*common, str(tmp_path / "scored"), "--predictions", str(predictions)]

@@ -52,7 +52,8 @@ def lines(capsys):
     return found, out.splitlines()[-1]
 
 
-def test_a_model_in_two_layouts_is_equal(original, tmp_path, capsys):
+def test_a_model_in_two_layouts_is_equal_and_one_with_another_value_is_not(original, other, tmp_path, capsys):
+    """In one test, whose second half needs no program that the first has not compiled."""
     export(open_checkpoint(original), tmp_path / "hf", "transformers")
     assert verify(original, tmp_path / "hf") == 0
     found, last = lines(capsys)
@@ -62,8 +63,6 @@ def test_a_model_in_two_layouts_is_equal(original, tmp_path, capsys):
         assert "equal" in found[what] and "DIFFERS" not in found[what], what
     assert "4 of 4 bit for bit" in found["tensors: projector"]
 
-
-def test_one_value_is_found_in_tensors_logits_and_status(original, other, capsys):
     def change(tensor):
         tensor = tensor.copy()
         tensor[3, 7] += 0.5 * np.abs(tensor).max()
