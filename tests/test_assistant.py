@@ -54,18 +54,22 @@ def test_logits_equal_transformers(saved, assistant):
     np.testing.assert_allclose(text_only[0], expected[1, :3], atol=2e-5)
 
 
+ROW = [1] + [-200] * P + [4, 5]
+ROWS = np.array([[-1, -1] + ROW, ROW + [-1, -1], [1] + list(range(3, 21)) + [-1, -1]])  # one shape for three tests, compiled once
+
+
 def test_logits_on_a_mesh(saved, assistant):
-    ids = np.array([[1] + [-200] * P + [4, 5], [1] + [-200] * P + [6, 7], [1] + list(range(3, 21))])
     sharded = lm.load(saved[0], mesh="data=4,tp=2", template="v1.5:mistral_instruct")
-    np.testing.assert_allclose(sharded.logits(ids, hf.images(2)), assistant.logits(ids, hf.images(2)), atol=2e-5)
+    found, wanted = (each.logits(ROWS, hf.images(2)) for each in (sharded, assistant))
+    np.testing.assert_allclose(found[ROWS != -1], wanted[ROWS != -1], atol=2e-5)
 
 
 def test_a_mesh_of_fewer_devices_takes_the_first_ones(saved, assistant):
-    """As text, with one axis or two, on a machine of eight; the tokens are those of one device."""
+    """As text, with one axis or two, on a machine of eight; the logits are those of one device."""
     sharded, alike = (lm.load(saved[0], mesh=spec, template="v1.5:mistral_instruct") for spec in ("data=1,tp=2", "tp=2"))
     assert list(sharded.mesh.devices.flat) == jax.devices()[:2] and alike.mesh == sharded.mesh
-    rows = [[1, -200, 4, 5], [1, 7, 8]]
-    assert sharded.generate_tokens(rows, [[hf.images(1)[0]], []], 4) == assistant.generate_tokens(rows, [[hf.images(1)[0]], []], 4)
+    found, wanted = (each.logits(ROWS, hf.images(2)) for each in (sharded, assistant))
+    np.testing.assert_allclose(found[ROWS != -1], wanted[ROWS != -1], atol=2e-5)
 
 
 @pytest.mark.parametrize("ids,images,sentence", [
@@ -94,10 +98,8 @@ def test_image_tokens_are_counted_as_they_were_given(assistant, row, images, sen
 
 def test_rows_padded_on_the_left_have_the_logits_of_rows_padded_on_the_right(assistant):
     """What counts is how far tokens are apart (transformers' issue 28184)."""
-    row = [1] + [-200] * P + [4, 5]
-    alone = assistant.logits([row], hf.images(1))[0]
-    np.testing.assert_allclose(assistant.logits([[-1, -1] + row], hf.images(1))[0, 2:], alone, atol=2e-5)
-    np.testing.assert_allclose(assistant.logits([row + [-1, -1]], hf.images(1))[0, :-2], alone, atol=2e-5)
+    left, right, _ = assistant.logits(ROWS, np.repeat(hf.images(1), 2, axis=0))
+    np.testing.assert_allclose(left[2:], right[:-2], atol=2e-5)
 
 
 def test_pixels_in_another_layout_or_size_are_refused(assistant):
@@ -162,8 +164,8 @@ def test_settings_reach_the_engine(assistant):
 
 
 def test_turn_two_is_the_whole_prompt_anew(assistant, monkeypatch, capsys, tmp_path):
-    """The terminal chat over three turns, images in the first and third and a system text: ids and tokens of each turn are
-    those of the prompt written out by hand."""
+    """The terminal chat over three turns, images in the first and third and a system text: the ids of each turn and the
+    tokens of the last are those of the prompt written out by hand."""
     p, asked, answers = assistant.processor, [], []
     engine_stream = assistant.engine.stream
 
@@ -191,10 +193,10 @@ def test_turn_two_is_the_whole_prompt_anew(assistant, monkeypatch, capsys, tmp_p
     prompts = [prompt]
     for answer, question in zip(said, ["where ?", "<image>\nand this ?"]):
         prompts.append(f"{prompts[-1]} {answer} </s>[INST] {question} [/INST]")
-    for n, (text, images) in enumerate(zip(prompts, [files[:2], files[:2], files])):
+    for n, text in enumerate(prompts):
         ids = p.encode(text)
         assert list(asked[n].ids) == p.expand(ids)
-        assert assistant.generate_tokens([ids], [list(p.images(images))], max_new_tokens=5) == [answers[n]]
+    assert assistant.generate_tokens([ids], [list(p.images(files))], max_new_tokens=5) == answers[2:]
     assert len(answers) == 3 and all(said)
     out = capsys.readouterr().out
     assert all(answer in out for answer in said)

@@ -22,10 +22,10 @@ NEW = 12
 
 
 def prompts(seed=1):
-    """Rows of several lengths: one image, two images, none; and their images."""
+    """Rows of several lengths in one bucket: one image, two images, none; and their images."""
     rng = np.random.default_rng(seed)
     text = lambda n: rng.integers(3, 90, n).tolist()
-    rows = [[1] + IMG + text(4), [1] + text(9) + IMG + text(2) + IMG + text(3), [1] + text(7), [1] + IMG + text(30)]
+    rows = [[1] + IMG + text(20), [1] + text(9) + IMG + text(2) + IMG + text(3), [1] + text(35), [1] + IMG + text(30)]
     images = iter(hf.images(4, seed=seed))
     return rows, [[next(images) for _ in range(row.count(-200) // P)] for row in rows]
 

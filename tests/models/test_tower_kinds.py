@@ -30,8 +30,8 @@ def small(kind):
     return LlavaConfig(kind(16, 32, 3, 2, 16, 8), DECODER)
 
 
-def step(cfg, params, scan):
-    """Loss and gradients of two rows with an image each, after an update by the gradients: one step of training."""
+def step(cfg, params, scan, is_updated=False):
+    """Loss and gradients of rows with an image each; also the loss after an update by the gradients, if asked."""
     model = Llava(cfg, scan=scan, remat="minimal" if scan else "none")
     ids = jnp.asarray([[1, *[IMAGE_TOKEN] * cfg.tokens_per_image, 5 + row, 9, 33] for row in range(8)])
     pixels = np.random.default_rng(0).integers(0, 256, (8, 1, 16, 16, 3), np.uint8)
@@ -42,8 +42,7 @@ def step(cfg, params, scan):
 
     def update(params):
         value, gradients = jax.value_and_grad(loss)(params)
-        after = loss(jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients))
-        return value, gradients, after
+        return (value, gradients) + ((loss(jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients)),) if is_updated else ())
 
     return jax.jit(update)(params)
 
@@ -57,7 +56,7 @@ def assert_close(got, wanted):
 def single(request):
     cfg = small(request.param)
     params = load_params(random_checkpoint(cfg))
-    return cfg, params, step(cfg, params, scan=False)
+    return cfg, params, step(cfg, params, scan=False, is_updated=True)
 
 
 def test_every_parameter_is_trained_and_the_loss_falls(single):
@@ -67,9 +66,9 @@ def test_every_parameter_is_trained_and_the_loss_falls(single):
 
 
 def test_scanned_layers_train_as_unrolled_ones(single):
-    cfg, params, (before, gradients, after) = single
+    cfg, params, (before, gradients, _) = single
     found = step(cfg, stack(params), scan=True)
-    assert_close(found, (before, stack(jax.tree.map(np.asarray, gradients)), after))
+    assert_close(found, (before, stack(jax.tree.map(np.asarray, gradients))))
 
 
 def test_a_mesh_trains_as_one_device(single):
@@ -79,7 +78,7 @@ def test_a_mesh_trains_as_one_device(single):
     placed = jax.tree.map(jax.device_put, params, where)
     with jax.set_mesh(mesh):
         found = step(cfg, placed, scan=False)
-    assert_close(found, wanted)
+    assert_close(found, wanted[:2])
     tower = where["vision_tower"]["layers_0"]
     assert tower["self_attn"]["q_proj"]["kernel"].spec == P("fsdp", "tp") and tower["mlp"]["fc2"]["kernel"].spec == P("tp", "fsdp")
     assert isinstance(found[1]["vision_tower"]["layers_0"]["mlp"]["fc1"]["kernel"].sharding, NamedSharding)

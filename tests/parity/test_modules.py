@@ -250,7 +250,7 @@ def unrolled_gradient():
     return cfg, stack(params), loss, stack(jax.tree.map(np.asarray, expected))
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "minimal"])  # the others lie between: test_remat.py says what each keeps
+@pytest.mark.parametrize("remat", ["full", "minimal"])  # the others lie between: test_remat.py says what each keeps
 def test_scanned_and_rematerialised_gradients_equal_unrolled_ones(unrolled_gradient, remat):
     cfg, params, loss, expected = unrolled_gradient
     got = jax.jit(jax.grad(loss(llava.Llava(cfg, scan=True, remat=remat))))(params)
