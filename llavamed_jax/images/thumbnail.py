@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from llavamed_jax.errors import UserError
-from llavamed_jax.images.load import Stored, load_image
+from llavamed_jax.images.load import load_image
 
 SIDE = 256  # longer side, in pixels
 
@@ -17,10 +17,8 @@ SIDE = 256  # longer side, in pixels
 def thumbnail(path: str | Path, side: int = SIDE) -> str | None:
     """Returns a small JPEG of an image file as a data URL; None if the file is missing or is not an image."""
     try:
-        found = None if isinstance(path, Stored) else os.stat(path)
+        found = os.stat(path)
     except (OSError, ValueError):  # missing, or the name of a frame
-        found = None
-    if found is None:
         return _draw(path, side)
     version = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     return _drawn(str(path), side, version)
