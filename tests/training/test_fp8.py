@@ -117,13 +117,13 @@ def test_a_scale_is_that_of_the_whole_array_on_every_mesh():
                                   ("decoder", "layers", "mlp", "up_projection")])
 def test_other_layers_are_left_alone(path):
     rng = np.random.default_rng(2)
-    x, w, g = drawn(rng, 2, 2, 32), drawn(rng, 32, 48), drawn(rng, 2, 2, 48)
+    x, w, g = drawn(rng, 4, 8, 32), drawn(rng, 32, 48), drawn(rng, 4, 8, 48)
     for ours, exact in zip(product(x, w, g, np.float32, path), product(x, w, g, np.float32, path=None)):
         assert np.array_equal(np.asarray(ours), np.asarray(exact))
 
 
 def test_zeros_stay_zeros_and_nan_is_seen():
-    x, w, g = np.zeros((1, 4, 32), np.float32), np.ones((32, 48), np.float32), np.zeros((1, 4, 48), np.float32)
+    x, w, g = np.zeros((4, 8, 32), np.float32), np.ones((32, 48), np.float32), np.zeros((4, 8, 48), np.float32)
     assert all((np.asarray(a) == 0).all() for a in product(x, w, g, np.float32))
     for value in (np.nan, np.inf):
         x[0, 0, 0] = value

@@ -49,7 +49,7 @@ def test_the_first_that_fits_is_taken_and_no_further_one_is_compiled():
 
 @pytest.fixture(scope="module")
 def small(start, data):
-    return lambda **changes: training_runs.shrunk(start, data, **changes)
+    return lambda **changes: training_runs.shrunk(start, data, **{"trainable": '["projector/.*"]', **changes})
 
 
 def test_a_run_searches_once_and_keeps_what_it_found(small, tmp_path, monkeypatch):

@@ -51,7 +51,7 @@ def train(start, workdir, **changes):
     keys = {"init": start, "data.train": workdir.parent / "train.json", "data.images": images(), "data.workers": 0,
             "data.packing": False, "batch_size": 8, "micro_batches": 1, "total_steps": 3, "max_length": 160, "remat": "none",
             "log_every": 1,
-            "mesh.data": 2, "mesh.fsdp": 2, "optimizer.warmup_ratio": 0.0, **changes}
+            "mesh.data": 1, "mesh.fsdp": 2, "optimizer.warmup_ratio": 0.0, **changes}
     cfg = load_config(f"{ROOT}/configs/pretrain.py:v1", [f"{key}={value}" for key, value in keys.items()])
     fit(cfg, workdir)
     return open_checkpoint(start), open_checkpoint(workdir)

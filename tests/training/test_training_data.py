@@ -23,7 +23,7 @@ from llavamed_jax.training.update_rows import packed
 from tests.support import training_runs
 from tests.support.training_runs import FakeStep, log_lines
 
-PACKED = {"data.packing": True, "data.row_length": 96, "batch_size": 6, "max_length": 40}
+PACKED = {"trainable": '["projector/.*"]', "data.packing": True, "data.row_length": 96, "batch_size": 6, "max_length": 40}
 
 
 @pytest.fixture(scope="module")

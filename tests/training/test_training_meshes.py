@@ -17,7 +17,8 @@ from llavamed_jax.training.program import Program
 from llavamed_jax.training.progress import Progress
 from tests.support.training_runs import ROOT
 
-CFG = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8), DecoderConfig(64, 32, 48, 3, 4, 2, 8, 1e-5, 1e4, 128, architecture="mistral"))
+# Of few shapes: for each, and for each of its parts on the eight devices, a save compiles a program.
+CFG = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8), DecoderConfig(32, 32, 32, 3, 4, 4, 8, 1e-5, 1e4, 128, architecture="mistral"))
 META = {"data": {"position": 7}, "progress": vars(Progress(updates_skipped=1)), "seed": 0}
 
 

@@ -24,13 +24,16 @@ pytestmark = pytest.mark.usefixtures("one_device", "without_compiling")
 
 @pytest.fixture
 def hanging(monkeypatch):
-    """`hanging(when, act)`: the batches for which `when(maker, number)` do not come; `act` is done once the first is waited for."""
-    def use(when, act=lambda: None):
+    """`hanging(step, when, act)`: the batches for which `when(maker, number)` do not come; `act` is done once the first is waited for,
+    when the run has done `step` updates."""
+    def use(step, when, act=lambda: None):
         make, done = loader.BatchMaker.__call__, []
 
         def call(self, number):
             if when(self, number):
-                time.sleep(2)  # until those before it are used
+                while trainer.make_train_step.step < step:
+                    time.sleep(0.02)
+                time.sleep(0.5)  # until the loop has read the last update and waits
                 if not done:
                     done.append(1)
                     act()
@@ -46,7 +49,7 @@ def terminate():
 
 
 def test_a_signal_saves_without_the_batch_that_does_not_come(recipe, hanging, tmp_path, capsys):
-    hanging(lambda maker, number: number == 2 and maker.start == (0, 0), terminate)
+    hanging(2, lambda maker, number: number == 2 and maker.start == (0, 0), terminate)
     begun = time.monotonic()
     assert fit(recipe(total_steps=6), tmp_path / "run") is False
     assert time.monotonic() - begun < 30
@@ -59,7 +62,7 @@ def test_a_signal_saves_without_the_batch_that_does_not_come(recipe, hanging, tm
 
 def test_a_signal_saves_without_validation_data_that_do_not_come(recipe, hanging, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(validation, "PATIENCE_S", 0.5)
-    hanging(lambda maker, number: maker.last_epoch is not None, terminate)
+    hanging(3, lambda maker, number: maker.last_epoch is not None, terminate)
     data = runs.write_data(tmp_path)
     assert fit(recipe(**{"data.validation": data / "validation.json"}), tmp_path / "run") is False
     assert newest_intact_step(tmp_path / "run") == (3, [])
@@ -146,7 +149,7 @@ def test_a_signal_cuts_the_answers_short(monkeypatch):
 
 
 def test_batches_that_never_come_end_the_run_with_its_step_saved(recipe, hanging, tmp_path, monkeypatch):
-    hanging(lambda maker, number: number == 5, lambda: monkeypatch.setattr(workers, "GIVE_UP_S", 1.0))
+    hanging(5, lambda maker, number: number == 5, lambda: monkeypatch.setattr(workers, "GIVE_UP_S", 1.0))
     with pytest.raises(UserError, match=r"^timeout: the loader, reading .*, has returned nothing for \d+ s; step 5 is saved$"):
         fit(recipe(**{"checkpoint.every_steps": 3}), tmp_path / "run")
     assert newest_intact_step(tmp_path / "run") == (5, [])
