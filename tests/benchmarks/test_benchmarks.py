@@ -99,6 +99,7 @@ def test_an_unknown_case_is_named():
 
 
 def test_the_conversion_is_measured_and_checked_both_ways(tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "BLOCK", 2**20 + 3)
     monkeypatch.setattr(sys, "argv", ["conversion.py", "--directory", str(tmp_path / "work"), "--preset", "small", "--out", str(tmp_path)])
     assert conversion.main() == 0
     found = {row["case"]: row for row in map(json.loads, (tmp_path / "conversion.jsonl").read_text().splitlines())}

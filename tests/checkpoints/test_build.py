@@ -24,7 +24,7 @@ from llavamed_jax.config import preset
 from llavamed_jax.config.adapter import AdapterConfig, AdapterRule, is_factor
 from llavamed_jax.errors import UserError
 from llavamed_jax.processor import Processor
-from tests.support import tiny
+from tests.support import tiny, training_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -348,7 +348,8 @@ def test_stage_1_starts_from_it(parts, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert command(parts, "built", "mistral", "clip-tiny", "mlp2x_gelu", "--add_image_tokens") == 0
     settings = dict(init=parts / "built", total_steps=2, max_length=64, batch_size=8, micro_batches=1, log_every=1, remat="none") | {
-        "data.train": SAMPLE / "alignment.json", "data.images": SAMPLE / "images", "data.workers": 0, "data.packing": False}
+        "data.train": SAMPLE / "alignment.json", "data.images": training_runs.images(), "data.workers": 0, "data.packing": False,
+        "mesh.data": 1}
     assert train(["--config", "configs/pretrain.py", "--workdir", str(parts / "run"),
                   *(f"--config.{key}={value}" for key, value in settings.items())]) == 0
     before, after = open_checkpoint(parts / "built"), open_checkpoint(parts / "run")

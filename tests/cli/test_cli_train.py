@@ -13,19 +13,16 @@ from pathlib import Path
 import pytest
 
 from configs.common import base
-from llavamed_jax.checkpoints.random import random_checkpoint
-from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.checkpoints.tree.store import newest_intact_step
 from llavamed_jax.cli import common
 from llavamed_jax.cli.train import main
-from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UsageError
 from llavamed_jax.models.stacking import REMAT_POLICIES
 from llavamed_jax.recipes import recipe_arguments
-from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.training import place, recipe
 from llavamed_jax.utils.nested import flatten
 from tests.support import xla
+from tests.support.training_runs import images, write_start
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -261,19 +258,17 @@ def test_interrupted_before_it_begins_it_says_so_and_ends_with_1(tmp_path, momen
 
 def test_interrupted_at_the_keyboard_saves_and_ends_with_75(tmp_path):
     """Ctrl-C reaches the whole process group, the loader's worker processes too; the run saves, and goes on from there."""
-    vocabulary = Tokenizer.load(SAMPLE / "tokenizer.model").vocab_size
-    cfg = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8),
-                      DecoderConfig(vocabulary, 16, 24, 1, 2, 1, 8, 1e-5, 1e4, 128, architecture="mistral"), max_length=64)
-    write_model(tmp_path / "start", random_checkpoint(cfg), files={"tokenizer.model": SAMPLE / "tokenizer.model"})
+    write_start(tmp_path / "start")
     command = [sys.executable, "train.py", "--config", "configs/demo.py:vqa", "--workdir", str(tmp_path / "run"),
-               f"--config.init={tmp_path / 'start'}", "--config.total_steps=100000", "--config.data.workers=1", "--config.log_every=1"]
+               f"--config.init={tmp_path / 'start'}", "--config.total_steps=100000", "--config.data.workers=1", "--config.log_every=1",
+               f"--config.data.images={images()}", "--config.batch_size=4", "--config.max_length=64"]
     environment = {**os.environ, "XLA_FLAGS": xla.flags()}  # one device
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, start_new_session=True)
     log = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not (log.exists() and log.read_text().count("\n") >= 3) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
+        time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75, out + err

@@ -16,7 +16,8 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.utils import streams
 from llavamed_jax.utils.directories import new_directory
 from llavamed_jax.utils.terminal import Screen
-from tests.support.training_runs import SAMPLE, log_lines, write_start
+from tests.support import xla
+from tests.support.training_runs import SAMPLE, images, log_lines, write_start
 
 ROOT = Path(__file__).resolve().parents[2]
 # Python in the locale C takes UTF-8 nonetheless, unless it is told not to.
@@ -57,11 +58,11 @@ def test_a_run_on_a_machine_that_has_nothing(tmp_path):
     work = tmp_path / "größer, mit Leerzeichen"
     (long := work / ("x" * 120)).mkdir(parents=True)
     start = write_start(work / "start")
-    keys = {"init": start, "data.train": SAMPLE / "vqa_train.json", "data.images": SAMPLE / "images", "data.validation": "none",
-            "data.samples": "none", "total_steps": 2, "data.workers": 1, "log_every": 1}
+    keys = {"init": start, "data.train": SAMPLE / "vqa_train.json", "data.images": images(), "data.validation": "none",
+            "data.samples": "none", "total_steps": 2, "data.workers": 1, "log_every": 1, "batch_size": 4, "max_length": 64}
     done = bare(ROOT / "train.py", "--config", f"{ROOT}/configs/demo.py:vqa", "--workdir", "a run",
                 *(f"--config.{key}={value}" for key, value in keys.items()),
-                closed="all", cwd=work, TMPDIR=str(long), HOME="/nonexistent", LC_ALL="C")
+                closed="all", cwd=work, TMPDIR=str(long), HOME="/nonexistent", LC_ALL="C", XLA_FLAGS=xla.flags())
     assert done.returncode == 0
     assert [line["step"] for line in log_lines(work / "a run")] == [1, 2]
 
