@@ -198,7 +198,7 @@ def test_faults_change_nothing_but_the_time(hurried, small, tmp_path, capsys):
         wanted = Counter(each.asked for each in server.log)
     with OpenAiServer(yes_or_no, fault_rate=0.25, slow=60) as server:
         argv = [*asks, "--endpoint", server.url, "--workdir", str(tmp_path / "rough")]
-        assert cli.main([*argv, "--timeout", "1", "--concurrency", "12"]) == 0
+        assert cli.main([*argv, "--timeout", "0.7", "--concurrency", "12"]) == 0
     for name in ("predictions.jsonl", "predictions_control_image.jsonl"):
         assert (tmp_path / "calm" / name).read_bytes() == (tmp_path / "rough" / name).read_bytes()
     found = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("calm", "rough")]

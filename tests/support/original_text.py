@@ -7,6 +7,7 @@ by a scanner, looked up piece by piece. It is judged by the known answers of the
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import sentencepiece
@@ -16,6 +17,11 @@ PATCH, START, END, PAD = "<im_patch>", "<im_start>", "<im_end>", "[PAD]"
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _pieces(model, more):
+    return sentencepiece.SentencePieceProcessor(model_proto=Path(model).read_bytes() + more)
 
 
 class Slow:
@@ -28,7 +34,7 @@ class Slow:
     def __init__(self, model, strips=False, added=(), bos="<s>", legacy=True):
         # Messages of protocol buffers that are joined are merged: normalizer_spec.add_dummy_prefix becomes false.
         no_prefix = b"" if legacy else b"\x1a\x02\x18\x00"
-        self.sp = sentencepiece.SentencePieceProcessor(model_proto=Path(model).read_bytes() + no_prefix)
+        self.sp = _pieces(model, no_prefix)
         self.core = {token: self.sp.piece_to_id(token) for token in ("<unk>", "<s>", "</s>")}
         self.added = {token: self.sp.vocab_size() + i for i, token in enumerate(added)}
         self.special = self.core | self.added

@@ -1,5 +1,6 @@
 """Every template beside the procedures of the originals (`support/original_text.py`): prompts, ids and labels of training text."""
 
+import functools
 import hashlib
 import random
 from pathlib import Path
@@ -56,6 +57,14 @@ def model(request):
     return request.getfixturevalue(f"{request.param}_tokenizer")
 
 
+tokenizer_of = functools.cache(Tokenizer.load)  # 32,000 pieces are read once
+
+
+def load(model, name, image_size=None):
+    """`Processor.load`."""
+    return Processor(None, tokenizer_of(model), name, image_size)
+
+
 def compare(processor, model, name, conversation, patches=16, **changes):
     """Ids and labels here and the original's; v1.0's with each patch token an IMAGE_TOKEN that no label stands on."""
     wanted = original_text.example(name, model, conversation, patches=patches, **{"max_length": 10**9, **changes})
@@ -87,7 +96,7 @@ def test_fingerprints(name, wanted):
 
 @pytest.mark.parametrize("name", ASKING)
 def test_prompts_are_the_originals(name, model):
-    processor, theirs = Processor.load(model, name), original_text.CONVERSATIONS[name]
+    processor, theirs = load(model, name), original_text.CONVERSATIONS[name]
     for conversation in CASES.values():
         turns = [str(turn["value"]) for turn in conversation if turn["from"] == "human" or conversation.index(turn)]
         turns = turns[:-1] if len(turns) % 2 == 0 else turns
@@ -114,7 +123,7 @@ def test_the_prompts_of_v1_as_text():
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_an_image_in_a_message_goes_where_the_origin_puts_it(name, llama_tokenizer):
-    processor = Processor.load(llama_tokenizer, name, image_size=56)
+    processor = load(llama_tokenizer, name, image_size=56)
     messages = [{"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": " Is it? "}]}]
     text = processor.prompt(messages)
     assert ("Is it?\n<image>" if name in V1 else "<image>\nIs it?") in text
@@ -147,11 +156,11 @@ def check_questions(processor):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_question_is_the_prompt_of_its_message(name):
-    check_questions(Processor(None, Tokenizer.load(SAMPLE), name, image_size=56))
+    check_questions(load(SAMPLE, name, image_size=56))
 
 
 def test_simple_legacy_asks_as_model_vqa_does(llama_tokenizer):
-    processor = Processor.load(llama_tokenizer, "v1.0:simple_legacy", image_size=56)
+    processor = load(llama_tokenizer, "v1.0:simple_legacy", image_size=56)
     messages = [{"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "Is it?"}]}]
     prompt = processor.prompt(messages)
     assert prompt.endswith("###Human: Is it?\n<image>\n\n### Response:###Assistant:")
@@ -177,7 +186,7 @@ def test_names_that_originals_use():
 @pytest.mark.parametrize("conversation, wanted", [
     (FRONT, (340, 28, [(33, 35), (304, 319), (329, 340)])), (BACK, (338, 27, [(33, 35), (303, 318), (328, 338)]))])
 def test_v0_labels_as_printed(conversation, wanted, llama_tokenizer):
-    processor = Processor.load(llama_tokenizer, "v1.0:v0", image_size=224)
+    processor = load(llama_tokenizer, "v1.0:v0", image_size=224)
     ids, labels = processor.expand(*processor.training_example(conversation))
     assert (len(ids), sum(label != IGNORE for label in labels), spans(labels)) == wanted
     assert ids[:4] == [1, 319, 13563, 1546] and ids[-4:] == [13, 2277, 29937, 29871]
@@ -192,21 +201,21 @@ def test_v0_labels_as_printed(conversation, wanted, llama_tokenizer):
 
 @pytest.mark.parametrize("conversation", [FRONT, BACK])
 def test_v1_labels_as_printed(conversation, llama_tokenizer):
-    processor = Processor.load(llama_tokenizer, "v1.0:v1", image_size=224)
+    processor = load(llama_tokenizer, "v1.0:v1", image_size=224)
     ids, labels = processor.expand(*processor.training_example(conversation))
     assert (len(ids), spans(labels)) == (331, [(305, 313), (328, 331)])
 
 
 def test_white_space_beside_v1s_images_is_dropped(llama_tokenizer):
     text = "Is it?\n<image>\n### Assistant: A"
-    ids = Processor.load(llama_tokenizer, "v1.0:simple").encode(text)
+    ids = load(llama_tokenizer, "v1.0:simple").encode(text)
     assert ids == [1, 1317, 372, 29973, 32001, IMAGE_TOKEN, 32002, 835, 4007, 22137, 29901, 319]
-    kept = Processor.load(llama_tokenizer, "up:vicuna_v1").encode(text)
+    kept = load(llama_tokenizer, "up:vicuna_v1").encode(text)
     assert kept == [1, 1317, 372, 29973, 13, IMAGE_TOKEN, 29871, 13, 2277, 29937, 4007, 22137, 29901, 319]
 
 
 def test_every_form_of_v1s_image_is_read(llama_tokenizer):
-    processor = Processor.load(llama_tokenizer, "v1.0:simple", image_size=56)
+    processor = load(llama_tokenizer, "v1.0:simple", image_size=56)
     ids = processor.encode("Q\n<image>")
     assert processor.encode("Q\n<im_start><image><im_end>") == ids
     patches = processor.encode("Q\n<im_start>" + "<im_patch>" * 16 + "<im_end>")
@@ -215,7 +224,7 @@ def test_every_form_of_v1s_image_is_read(llama_tokenizer):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_and_labels_are_the_originals(name, model):
-    processor = Processor.load(model, name, image_size=56)
+    processor = load(model, name, image_size=56)
     for case, conversation in (CAPTIONS if name in PLAIN else CASES).items():
         print(case)  # what pytest shows of a failure
         compare(processor, model, name, conversation)
@@ -224,7 +233,7 @@ def test_ids_and_labels_are_the_originals(name, model):
 @pytest.mark.parametrize("name", [name for name in TRAINING if TEMPLATES[name].labels == "v0"])
 def test_v0_takes_speakers_as_they_come(name, llama_tokenizer):
     """Two in a row, strangers, an answer first; and "Human", who is called so and whose words are learnt."""
-    processor = Processor.load(llama_tokenizer, name, image_size=56)
+    processor = load(llama_tokenizer, name, image_size=56)
     said = [("gpt", "Hello."), ("human", "Is it?\n<image>"), ("human", "Well?"), ("doctor", "No."), ("Human", "Sure?"), ("GPT", "Yes.")]
     ids, labels = compare(processor, llama_tokenizer, name, [{"from": speaker, "value": text} for speaker, text in said])
     text, (human, assistant) = processor.decode(ids), TEMPLATES[name].roles
@@ -248,7 +257,7 @@ def random_conversation(rng, odd):
 
 @pytest.mark.parametrize("name", TRAINING)
 def test_random_conversations_are_the_originals(name, model):
-    rng, processor, supervised = random.Random(name), Processor.load(model, name, image_size=56), 0
+    rng, processor, supervised = random.Random(name), load(model, name, image_size=56), 0
     for n in range(30):
         _, labels = compare(processor, model, name, random_conversation(rng, odd=0.15 if n % 2 else 0.03))
         supervised += any(label != IGNORE for label in labels)
@@ -258,7 +267,7 @@ def test_random_conversations_are_the_originals(name, model):
 @pytest.mark.parametrize("name", ["v1.0:v0", "v1.0:simple", "v1.0:vicuna_v1_1"])
 def test_v1_without_start_and_end_tokens(name, llama_tokenizer):
     config = preset("v1-7b").replace(use_start_end=False, template=name)
-    processor, rng = Processor(config, Tokenizer.load(llama_tokenizer)), random.Random(0)
+    processor, rng = Processor(config, tokenizer_of(llama_tokenizer)), random.Random(0)
     for conversation in [FRONT, BACK, *(random_conversation(rng, odd=0.1) for _ in range(20))]:
         compare(processor, llama_tokenizer, name, conversation, patches=256, start_end=False)
 
@@ -279,7 +288,7 @@ def test_not_legacy_is_the_originals(llama_tokenizer, tmp_path):
 @pytest.mark.parametrize("max_length", [20, 45, 60, 90, 300])
 def test_samples_that_are_too_long_are_cut_as_the_originals(name, max_length, llama_tokenizer):
     """The original cuts what it has tokenized (v1.0) or leaves that to the model (upstream); nothing is unlearnt by a cut."""
-    processor, rng = Processor.load(llama_tokenizer, name, image_size=56), random.Random(max_length)
+    processor, rng = load(llama_tokenizer, name, image_size=56), random.Random(max_length)
     for conversation in [FRONT, BACK, *(random_conversation(rng, odd=0.1) for _ in range(20))]:
         ids, labels = original_text.example(name, llama_tokenizer, conversation, patches=16, max_length=max_length)
         found = processor.training_example(conversation, max_length=max_length)
@@ -296,7 +305,7 @@ def test_rows_of_v1s_recipes(recipe, llama_tokenizer):
     from llavamed_jax.cli.common import load_config
     template = load_config(f"configs/{recipe}.py:v1", []).template
     assert get_template(template).is_for_training_only  # such a run leaves the checkpoint's own template to ask with
-    processor = Processor(preset("v1-7b"), Tokenizer.load(llama_tokenizer), template)
+    processor = Processor(preset("v1-7b"), tokenizer_of(llama_tokenizer), template)
     row = tokenize({"id": 1, "image": ["x.png"], "conversations": BACK}, processor, 2048)
     assert (len(row.ids), row.ids.count(IMAGE_TOKEN), spans(row.labels)) == (338, 256, [(33, 35), (303, 318), (328, 338)])
     cut = tokenize({"id": 1, "image": ["x.png"], "conversations": BACK}, processor, 200)  # the image begins at position 45
@@ -319,7 +328,7 @@ def test_the_labelled_ids_are_the_assistants_words(name, model):
     template = get_template(name)
     if template.labels == "v0" and "mistral" in str(model):
         pytest.skip("v0's procedure reckons with two pieces of \"###\", which Mistral has as one")
-    rng, processor = random.Random(name), Processor.load(model, name, image_size=56)
+    rng, processor = random.Random(name), load(model, name, image_size=56)
     for _ in range(60):
         conversation = plain_talk(rng)
         if name in PLAIN:
