@@ -37,7 +37,7 @@ def both(T, N, starts, window=None, spoil=None, dtype=jnp.float32, backends=("xl
     return [run(q, k, v, rope, mask, cache if backend == "xla" else spoiled, backend=backend) for backend in backends]
 
 
-@pytest.mark.parametrize("T, N, window", [(1, 2, None), (1, 6, None), (1, 8, 20), (1, 6, 1), (3, 6, None), (3, 6, 1), (40, 2, None), (40, 8, 20)])
+@pytest.mark.parametrize("T, N, window", [(1, 2, None), (1, 8, 20), (1, 6, 1), (3, 6, 1), (40, 2, None), (40, 8, 20)])
 def test_it_equals_xlas(T, N, window):
     """With one, three and four queries a key, at the ends of the cache and of tiles, within windows; T > 1 is another kernel."""
     (wanted, held), (found, ours) = both(T, N, [0, 63, 64, S - T], window)
