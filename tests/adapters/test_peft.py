@@ -27,8 +27,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 KINDS = {
     "names": dict(target_modules=LINEAR, exclude_modules=r".*vision_tower.*"),
     "tower too": dict(target_modules=["q_proj", "v_proj", "fc1"]),
-    "a regex": dict(target_modules=r"model\.language_model\.layers\.\d+\.self_attn\.(q|v)_proj"),
-    "rslora": dict(target_modules=r".*language_model.*\.(o|down)_proj", use_rslora=True),
+    "rslora": dict(target_modules=r"model\.language_model\.layers\.\d+\.(self_attn\.o|mlp\.down)_proj", use_rslora=True),
     "patterns": dict(target_modules=r".*language_model.*\.(q|k|up)_proj", rank_pattern={"k_proj": 2, r"layers\.1\.self_attn\.q_proj": 7},
                      alpha_pattern={"up_proj": 3, r"layers\.0\.self_attn\.q_proj": 1}),
     "one layer": dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1], layers_pattern="layers",

@@ -279,7 +279,7 @@ def test_logs_follow_between_steps_but_not_before_they_are_here(url, hurried, co
 
     def slow(self, *words):
         download(self, *words)
-        time.sleep(0.3)  # the thread would have warned
+        time.sleep(0.15)  # the thread would have warned
     monkeypatch.setattr(Bucket, "download", slow)
 
     def act(directory, bucket):

@@ -36,7 +36,6 @@ GONE = UserError("the questions are gone")
     ("validation", 6, GONE, "^the questions are gone; step 6 is saved$"),
     ("validation", 8, FileNotFoundError(errno.ENOENT, "No such file", "/data/q.json"),
      "^/data/q.json cannot be read or written: No such file; step 8 is saved$"),
-    ("samples", 8, GONE, "^the questions are gone; step 8 is saved$"),
 ])
 def test_an_evaluation_that_fails_costs_no_update(recipe, tmp_path, what, step, error, sentence):
     work, cfg = tmp_path / "run", recipe(samples_every=5 if step == 5 else 4)

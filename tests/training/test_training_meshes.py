@@ -36,7 +36,7 @@ def at_random(tree):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     workdir, checkpoint = tmp_path_factory.mktemp("run"), random_checkpoint(CFG)
-    program = program_on("data=2,fsdp=2,tp=2", 8, checkpoint)
+    program = program_on("fsdp=4,tp=2", 8, checkpoint)
     state = program.initial_state(checkpoint)
     state = state.replace(trainable=at_random(state.trainable), opt_state=at_random(state.opt_state))
     assert any(len(x.sharding.device_set) == 8 and not x.is_fully_replicated for x in jax.tree.leaves(state.opt_state))
@@ -46,7 +46,7 @@ def saved(tmp_path_factory):
     return workdir, checkpoint, state
 
 
-@pytest.mark.parametrize("spec, number", [("fsdp=4,tp=2", 8), ("data=2", 2), ("data=1", 1)])
+@pytest.mark.parametrize("spec, number", [("data=2,fsdp=2,tp=2", 8), ("data=2", 2), ("data=1", 1)])
 def test_eight_devices_state_is_the_same_on_others(saved, spec, number):
     workdir, checkpoint, wanted = saved
     program = program_on(spec, number, checkpoint)

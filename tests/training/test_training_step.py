@@ -247,8 +247,7 @@ def test_frozen_parameters_keep_their_bits_and_the_rest_moves(params, single):
     assert all(not np.array_equal(np.asarray(state.trainable[n]), trained[n]) for n in trained)
 
 
-@pytest.mark.parametrize("mesh, micro_batches", [
-    ("data=2,fsdp=2,tp=2", 2), pytest.param("fsdp=8", 1, marks=pytest.mark.slow), pytest.param("fsdp=2", 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh, micro_batches", [("data=2,fsdp=2,tp=2", 2), pytest.param("fsdp=8", 1, marks=pytest.mark.slow)])
 def test_sharded_and_accumulated_is_single(params, single, mesh, micro_batches, capfd):
     """Also with a micro-batch for each half of the rows, whose numbers of supervised tokens are uneven."""
     counts = (make_batch(0)["labels"] != IGNORE).sum(1)
@@ -257,8 +256,7 @@ def test_sharded_and_accumulated_is_single(params, single, mesh, micro_batches, 
     assert "rematerialization" not in capfd.readouterr().err, "XLA gathers an array that should stay sharded"
     np.testing.assert_allclose(losses, single[1], rtol=1e-6)
     assert_same(state, single[0], 2e-5)
-    sharding = state.trainable["decoder/layers/mlp/up_proj/kernel"].sharding
-    assert len(sharding.device_set) == math.prod(program(mesh, micro_batches=micro_batches)[3].shape.values()) > 1
+    assert len(state.trainable["decoder/layers/mlp/up_proj/kernel"].sharding.device_set) == 8
 
 
 def test_moments_lie_like_their_parameters(params):
