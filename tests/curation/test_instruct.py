@@ -264,7 +264,7 @@ def test_attempts_that_were_paid_for_in_vain_count(tmp_path, fast, capsys, answe
         def go(budget):
             words_of_it = words(tmp_path, found.url, *argv, "--budget", budget)
             is_late = isinstance(raw := answer({}), Raw) and raw.pause
-            for flag, value in (("--retries", "3"), ("--timeout", "1.5" if is_late else "300")):
+            for flag, value in (("--retries", "3"), ("--timeout", "0.5" if is_late else "300")):
                 words_of_it[words_of_it.index(flag) + 1] = value
             return command_line.main(words_of_it)
 

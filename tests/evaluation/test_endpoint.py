@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from llavamed_jax.evaluation.scoring.predictions import read_predictions
 from llavamed_jax.images.load import load_image
 from llavamed_jax.openai_client import client
 from tests.support.openai_server import OpenAiServer, Raw, yes_or_no
-from tests.support.training_runs import images
+from tests.support.small_sample import small_sample
 from tests.support.words import instead
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,11 +180,9 @@ def hurried(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """The sample with small images: a request is a kilobyte or two."""
-    folder = shutil.copytree(SAMPLE, tmp_path_factory.mktemp("small") / "vqa_rad", ignore=shutil.ignore_patterns("images"))
-    shutil.copytree(images(), folder / "images")
-    return folder
+def small():
+    """A request is a kilobyte or two."""
+    return small_sample()
 
 
 def test_faults_change_nothing_but_the_time(hurried, small, tmp_path, capsys):

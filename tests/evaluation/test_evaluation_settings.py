@@ -32,6 +32,7 @@ from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.utils.files import to_jsonl
 from tests.support.answerers import StandIn
+from tests.support.small_sample import small_sample
 from tests.support.words import instead
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +83,7 @@ class Reader:
 def finished(tmp_path_factory):
     """An evaluation with its control, of a model that is right exactly where it sees the image that is asked about."""
     workdir = tmp_path_factory.mktemp("evaluation")
-    job = evaluation(workdir, ":demo", **{"data.held_out": SAMPLE / "held_out.json", "generation.temperature": 0.7,
+    job = evaluation(workdir, ":demo", **{"data.root": small_sample(), "data.held_out": SAMPLE / "held_out.json", "generation.temperature": 0.7,
                                           "generation.max_new_tokens": 11, "generation.batch_size": 5, "seed": 3})
     model = Reader(job.samples)
     return job, model, run.evaluate(job, LocalModel(model, "x"), {"checkpoint": "runs/x"}, ["image"]), workdir
@@ -220,8 +221,9 @@ class Stopping(Reader):
 
 def test_an_evaluation_that_a_signal_stopped_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    argv = ["--config", f"{ROOT / 'configs/eval/vqa_rad.py'}:demo", "--checkpoint", "runs/x", "--control", "image", "--workdir"]
-    samples = evaluation(tmp_path / "w", ":demo", **{"data.held_out": SAMPLE / "held_out.json"}).samples
+    argv = ["--config", f"{ROOT / 'configs/eval/vqa_rad.py'}:demo", f"--config.data.root={small_sample()}", "--checkpoint", "runs/x", "--control", "image",
+            "--workdir"]
+    samples = evaluation(tmp_path / "w", ":demo", **{"data.root": small_sample(), "data.held_out": SAMPLE / "held_out.json"}).samples
     n = len(samples)
 
     def start(model, workdir, *more):

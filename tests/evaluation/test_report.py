@@ -55,7 +55,7 @@ def samples(tmp_path):
     result = []
     for i in range(30):
         path = tmp_path / f"{i:02}.png"
-        Image.new("L" if i % 2 else "RGBA", (600, 400), color=i * 8 if i % 2 else (i * 8, 0, 0, 255)).save(path)
+        Image.new("L" if i % 2 else "RGBA", (300, 200), color=i * 8 if i % 2 else (i * 8, 0, 0, 255)).save(path)
         organ = ("HEAD", "CHEST", "ABD")[i % 3]
         result.append(VqaSample(2 * i, path, "Is it <normal>?", "Yes", "CLOSED", question_type="PRES", organ=organ))
         result.append(VqaSample(2 * i + 1, path, "Where?", "left lung", "OPEN", question_type="POS", organ=organ))
@@ -129,7 +129,7 @@ def test_a_thumbnail_is_of_the_file_as_it_is(tmp_path):
     path = tmp_path / "a.png"
     found = []
     for color in ("red", "blue"):
-        Image.new("RGB", (600, 400), color).save(path)
+        Image.new("RGB", (300, 200), color).save(path)
         found.append(thumbnail(path))
         assert thumbnail(path) is thumbnail(str(path)) is found[-1]
     red, blue = (Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).getpixel((9, 9)) for url in found)

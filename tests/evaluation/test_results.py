@@ -25,6 +25,7 @@ from llavamed_jax.evaluation.report import tensorboard
 from llavamed_jax.utils.files import to_jsonl
 from tests.evaluation.test_joined_predictions import predictions
 from tests.support.answerers import StandIn
+from tests.support.small_sample import small_sample
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -55,14 +56,14 @@ def evaluate(monkeypatch, workdir, text="yes", *more):
     model = Says(text)
     monkeypatch.setattr(eval_parts, "local", lambda args: model)
     config = str(ROOT / "configs" / "eval" / "vqa_rad.py")
-    status = cli.main(["--config", config, f"--config.data.root={SAMPLE}", "--workdir", str(workdir), "--checkpoint",
+    status = cli.main(["--config", config, f"--config.data.root={small_sample()}", "--workdir", str(workdir), "--checkpoint",
                        str(SAMPLE), *more])
     return status, model
 
 
 def score(workdir, file, *more):
     config = str(ROOT / "configs" / "eval" / "vqa_rad.py")
-    return cli.main(["--config", config, f"--config.data.root={SAMPLE}", "--workdir", str(workdir), "--predictions",
+    return cli.main(["--config", config, f"--config.data.root={small_sample()}", "--workdir", str(workdir), "--predictions",
                      str(file), *more])
 
 
