@@ -23,8 +23,7 @@ from tests.support import training_runs as runs
 from tests.support.training_runs import SAMPLE, FakeStep
 
 IMAGE = next(iter(sorted((SAMPLE / "images").iterdir()))).name
-PACKINGS = pytest.mark.parametrize("packing", [{"data.packing": False}, {"data.packing": True, "data.row_length": 64}],
-                                   ids=["unpacked", "packed"])
+PACKED = {"data.packing": True, "data.row_length": 64}
 
 
 def record(question="<image>\nis it?", answer="yes", **fields):
@@ -51,6 +50,11 @@ LOST = {
 }
 
 
+def kinds(*packed):
+    """Every kind with a sample a row, and some in packed rows: what a record loses is found before its row is."""
+    return [*(({"data.packing": False}, kind) for kind in LOST), *((PACKED, kind) for kind in packed)]
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     return runs.write_start(tmp_path_factory.mktemp("start") / "start")
@@ -74,8 +78,7 @@ def opened(cfg):
     return Data.open(cfg, open_start(cfg))
 
 
-@PACKINGS
-@pytest.mark.parametrize("kind", LOST)
+@pytest.mark.parametrize("packing, kind", kinds("no marker"))
 def test_beyond_the_limit_the_run_does_not_start(recipe, packing, kind, tmp_path):
     lossy, reason = LOST[kind]
     with pytest.raises(UserError, match=r"5 of the 8 samples of .*train.json lose images, .*more than the allowed 50% .*data.skip_limit") as error:
@@ -83,8 +86,7 @@ def test_beyond_the_limit_the_run_does_not_start(recipe, packing, kind, tmp_path
     assert reason in str(error.value) and not (tmp_path / "run" / "recipe.json").exists()
 
 
-@PACKINGS
-@pytest.mark.parametrize("kind", LOST)
+@pytest.mark.parametrize("packing, kind", kinds("no marker", "fewer markers", "one of two beyond the cut"))
 def test_within_the_limit_they_are_named_and_counted(recipe, packing, kind):
     lossy, reason = LOST[kind]
     data = opened(recipe([*[GOOD] * 9, lossy, TEXT], **packing, batch_size=1))
@@ -141,8 +143,8 @@ def test_a_source_counts_by_its_weight(recipe, tmp_path):
         mixed(9, **{"data.skip_limit": 0.4})
 
 
-@pytest.mark.parametrize("key", ["data.validation", "data.samples"])
-@pytest.mark.parametrize("kind", LOST)
+@pytest.mark.parametrize("key, kind", [*(("data.validation", kind) for kind in LOST), ("data.samples", "no marker"),
+                                       ("data.samples", "beyond the cut")])
 def test_validation_and_sample_data_are_held_to_the_limit(recipe, tmp_path, key, kind):
     lossy, reason = LOST[kind]
     def data(records):
