@@ -93,10 +93,10 @@ def fetched(hub):
 
 
 def test_a_name_is_fetched_once_and_found_without_a_network(hub, convert, tmp_path):
-    def in_a_process(*argv, **environment):
+    def in_a_process(*argv):
         del hub.requests[:]
         env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0",
-               "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
+               "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         return subprocess.run([sys.executable, "-m", "convert", *argv], cwd=ROOT, env=env, capture_output=True, text=True)
 
     done = in_a_process("inspect", "me/llava@v1")
@@ -110,7 +110,7 @@ def test_a_name_is_fetched_once_and_found_without_a_network(hub, convert, tmp_pa
 
     again = convert("inspect", "me/llava@v1")
     assert (again.returncode, again.stdout) == (0, done.stdout) and not fetched(hub)
-    offline = in_a_process("inspect", "me/llava@v1", HF_HUB_OFFLINE="1")
+    offline = convert("inspect", "me/llava@v1", is_offline=True)
     assert (offline.returncode, offline.stdout) == (0, done.stdout) and not hub.requests
     assert "licence apache-2.0" in offline.stderr
 

@@ -54,8 +54,10 @@ def test_sizes_that_do_not_fit_are_one_sentence(spec):
     pytest.param(name, False, marks=() if name in ("small", "v15-7b") else pytest.mark.slow) for name in PRESETS)])
 def test_every_leaf_of_every_preset_has_exactly_one_rule(name, scan):
     mesh, cfg = make_mesh("data=2,fsdp=2,tp=2"), preset(name)
-    if scan:  # a layer of the tower is as the next one, and those of the decoder are one
-        cfg = cfg.replace(vision=replace(cfg.vision, num_layers=3))
+    # A layer is as the next one, and under scan those of the decoder are one; numbers have up to two digits.
+    cfg = cfg.replace(vision=replace(cfg.vision, num_layers=3 if scan else 11))
+    if not scan:
+        cfg = cfg.replace(decoder=replace(cfg.decoder, num_layers=11))
     params = llava.abstract_params(cfg, scan)
     if cfg.decoder.vocab_size % 2:  # v1.0's 32,003 rows do not divide
         with pytest.raises(UserError, match="embed_tokens/embedding: a dimension of 32003 is not divisible by the mesh axis tp of 2"):
