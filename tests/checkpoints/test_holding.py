@@ -23,7 +23,7 @@ from llavamed_jax.errors import UserError
 
 CFG = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8), DecoderConfig(64, 16, 24, 1, 2, 1, 8, 1e-5, 1e4, 128, architecture="mistral"))
 SOURCE = random_checkpoint(CFG, seed=1)
-TRAINED = [name for name in SOURCE.tensors if name.startswith("projector/")]  # few arrays: saving them takes less time
+TRAINED = [name for name in SOURCE.tensors if name.startswith("projector/linear_1/")]  # few arrays: saving them takes less time
 
 
 @pytest.fixture
@@ -98,14 +98,14 @@ def test_reading_never_fails_beside_a_run_that_keeps_one_step(workdir, save):
     thread = threading.Thread(target=train)
     thread.start()
     try:
-        while last[0] < 8 and thread.is_alive():
+        while last[0] < 6 and thread.is_alive():
             checkpoint = open_checkpoint(workdir)
             assert_is(checkpoint, checkpoint.step)
             read += 1
     finally:
         is_done.set()
         thread.join()
-    assert last[0] >= 8 and read > 1
+    assert last[0] >= 6 and read > 1
 
 
 def test_without_locks_a_step_that_goes_is_one_sentence(workdir, save, no_locks, capfd):
