@@ -144,7 +144,7 @@ ADVERSARIAL = {
     "lone surrogate": "left \ud83e lung",
     "null": "left\0lung",
     "separators": "left\u2028lung\x85no\x1cyes",
-    "thousands of words": "The left lung, no; " * 1000,
+    "a thousand words": "The left lung, no; " * 250,
     "one long word": "yes" * 3000,
     "digits and commas": "1,000 x-ray - pre-op/left, 3.5 cm. .5",
     "arabic digits": "١,٢ x-ray",
