@@ -344,9 +344,9 @@ def test_a_row_length_that_is_given_is_kept_and_holds_the_longest_sample():
 
 def test_image_slots_weigh_the_towers_work_against_empty_positions():
     rng = np.random.default_rng(0)
-    tokens = 576 + rng.integers(20, 200, 500)
-    found = Lengths(tokens.astype(np.int32), np.ones(500, np.int16), [], 0, 0, 0)
-    stream = Stream((500,), (500,), 0, True)
+    tokens = 576 + rng.integers(20, 200, 250)
+    found = Lengths(tokens.astype(np.int32), np.ones(250, np.int16), [], 0, 0, 0)
+    stream = Stream((250,), (250,), 0, True)
     cheap, dear = (Trial(stream, found, cost).image_slots(8192) for cost in (1, 3000))
     rows = functools.cache(lambda slots: len(pack(tokens[stream.order(0)], found.images, 8192, slots)))
     work = lambda slots, cost: rows(slots) * (8192 + slots * cost)

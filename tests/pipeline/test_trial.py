@@ -9,8 +9,8 @@ from llavamed_jax.pipeline.packing import Layout, Plan, Stream
 from llavamed_jax.pipeline.sizes import AUTO, rows_an_update
 from llavamed_jax.pipeline.trial import Trial
 
-TWO_IMAGES = np.random.default_rng(0).normal(1250, 30, 300)  # of 576 tokens each: a row of 2,048 holds one sample
-ONE_IMAGE = 576 + np.random.default_rng(1).lognormal(3, 0.6, 300)
+TWO_IMAGES = np.random.default_rng(0).normal(1250, 30, 150)  # of 576 tokens each: a row of 2,048 holds one sample
+ONE_IMAGE = 576 + np.random.default_rng(1).lognormal(3, 0.6, 150)
 TEXTS = np.random.default_rng(2).normal(70, 15, 2500).clip(20, 130)
 
 
@@ -34,7 +34,7 @@ def test_an_update_is_close_exactly_if_its_rows_hold_the_batch(tokens, images, b
 
 
 def test_a_usual_length_that_leaves_rows_empty_gives_way_to_a_fuller_one():
-    found, stream = lengths_of(TWO_IMAGES, 2), Stream((300,), (300,), 0, True)
+    found, stream = lengths_of(TWO_IMAGES, 2), Stream((150,), (150,), 0, True)
     assert rows_an_update(64, 1250, 8, AUTO, 2048).is_close  # 64 rows of one sample would make the batch
     made = rows_an_update(64, found.mean, 8, AUTO, 0, found.longest, Trial(stream, found, 9.0).samples_a_row)
     assert made.row_length not in (2048, 4096, 8192) and made.rows < 64
