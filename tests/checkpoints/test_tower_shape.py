@@ -77,7 +77,7 @@ def test_the_model_is_that_under_the_known_name(layout, files, tmp_path):
     assert found.tensors.keys() == known.tensors.keys() and found.config.replace(extra=known.config.extra) == known.config
     for name in known.tensors:
         np.testing.assert_array_equal(found.read(name), known.read(name), err_msg=name)
-    if layout == "v1.5":
+    if (layout, files) == ("v1.5", "safetensors"):  # equal tensors give equal logits
         np.testing.assert_array_equal(logits(found), logits(known))
 
 
@@ -107,7 +107,7 @@ def test_a_directory_of_the_name_goes_before_the_assumption(tmp_path):
 
 @pytest.mark.parametrize("width", [64, 96, 1280])
 def test_another_width_asks_for_a_config_and_takes_it(width, tmp_path):
-    tower = {**TOWER, "hidden_size": width, "num_attention_heads": 2}
+    tower = {**TOWER, "hidden_size": width, "num_attention_heads": 2, "num_hidden_layers": 2}
     shapes = tiny.clip_shapes(tower, f"{PREFIX}vision_model.")
     rest = {n: t for n, t in released.v15_tensors(dtype=np.float32).items() if "vision_tower" not in n}
     rest["model.mm_projector.0.weight"] = np.ones((48, width), np.float32)
