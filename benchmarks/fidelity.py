@@ -77,7 +77,7 @@ GROUPS = [
     ("14", "Chunks of questions", [], "not part of this project: one process asks all questions in batches"),
     ("", "Whole models against transformers", ["test_parity::test_logits_equal_transformers",
                                               "test_parity::test_scanned_layers_equal_transformers"],
-     "37 settings, six of them also scanned; logits with a standard deviation of 1"),
+     "37 settings, four of them also scanned; logits with a standard deviation of 1"),
     ("", "Ten random models, loaded from files", ["test_known_answers::test_random_models_equal_transformers",
                                                  "test_known_answers::test_a_random_model_with_a_linear_projector_equals_torch"],
      "difference relative to the logits' magnitude; greedy tokens equal; a linear projector against torch"),
