@@ -159,7 +159,7 @@ def test_factors_move_and_nothing_else():
 
 def test_on_a_mesh_the_update_is_that_of_one_device():
     checkpoint = adapted()
-    (one, losses), (more, others) = updated(checkpoint), updated(checkpoint, 2, "fsdp=2,tp=2", 4)
+    (one, losses), (more, others) = updated(checkpoint), updated(checkpoint, 2, "data=2,fsdp=2,tp=2", 8, micro_batches=2)
     np.testing.assert_allclose(others, losses, rtol=2e-6)
     for name in filter(is_factor, one):
         assert np.linalg.norm(more[name] - one[name]) <= 1e-3 * np.linalg.norm(one[name]), name
@@ -294,7 +294,7 @@ def test_targets_that_match_nothing_are_named():
 
 RUN = {"lora.rank": 3, "lora.alpha": 6, "lora.dropout": 0.2, "trainable": '["(decoder|vision_tower)/.*_lora_[ab]","projector/.*"]',
        "lora.targets": '["decoder/layers_.+/.*_proj","vision_tower/layers_.+/self_attn/q_proj"]',
-       "optimizer.learning_rate": 1e-2, "micro_batches": 2, "mesh.data": 1, "mesh.fsdp": 1}
+       "optimizer.learning_rate": 1e-2, "micro_batches": 2, "mesh.data": 2, "mesh.fsdp": 1}
 
 
 @pytest.fixture(scope="module")
@@ -408,7 +408,7 @@ def test_a_base_without_files_is_copied(run, tmp_path, capsys):
     """Of a preset, and of another run's step, which that run may delete; its adapter alone is opened over the run."""
     folder, start = run
     full = tmp_path / "full"
-    assert fit(shrunk(start, folder, **{"total_steps": 1, "mesh.data": 1, "mesh.fsdp": 1}), full)
+    assert fit(shrunk(start, folder, **{"total_steps": 1, "mesh.data": 2, "mesh.fsdp": 1}), full)
     assert fit(shrunk(full, folder, **RUN | {"total_steps": 1}), tmp_path / "run")
     assert (tmp_path / "run" / "base" / "manifest.json").is_file() and not (tmp_path / "run" / "base.json").exists()
     shutil.rmtree(full)
