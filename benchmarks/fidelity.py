@@ -49,7 +49,7 @@ GROUPS = [
     ("7", "The original's tiny models", ["test_known_answers::test_logits_and_loss_as_printed",
                                         "test_known_answers::test_load_and_logits_as_printed",
                                         "test_known_answers::test_tower_and_projector_as_printed"],
-     "v1.5 and v1.0, padded right and left: logits, loss, tower, projector"),
+     "v1.5 and v1.0, padded right and left: logits, loss, tower, projector; sums over all values to 1e-3"),
     ("7", "— cut at `tokenizer_model_max_length`", ["test_known_answers::test_rows_are_cut_as_the_original_cuts"], "also inside an image"),
     ("7", "— sliding window", ["test_known_answers::test_sliding_window"], "windows of 1, 4 and none, against torch"),
     ("7", "— greedy tokens", ["test_known_answers::test_greedy_tokens"], "image, text, two images, against torch without a cache"),

@@ -62,7 +62,7 @@ QUIRKS = [
      "test_evaluation::test_a_hand_computed_score"),
     ("Q25", "the generator of instruction data and its clean-up do not match",
      "mended: one command asks, cleans and writes what training reads", "",
-     "test_instruct::test_three_hundred_figures_with_faults_and_a_restart"),
+     "test_instruct::test_many_figures_with_faults_and_a_restart"),
     ("Q26", "the clean-up may drop the turn with `<image>`, and it lower-cases abbreviations", "both",
      "`--rules ours` by default; `--rules original`",
      "test_turns::test_the_image_is_drawn_to_a_side_and_may_be_lost_with_its_pair"),
