@@ -31,6 +31,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 for variable in ("NO_PROXY", "no_proxy"):
     os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1", "localhost"]))
 
+# Every HTTP client reads the system's certificates, which takes as long as several requests, and no server here has one: they are
+# sought in a folder without any.
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent)
+
 # A shell that runs a job in the background has it ignore Ctrl-C, and `nohup` has it ignore SIGHUP. Children inherit that, and some
 # tests send them these signals.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -14,7 +14,6 @@ import transformers
 from llavamed_jax.config.hf import llava_from_hf
 
 torch = pytest.importorskip("torch", reason="torch's CPU build is not installed")
-torch.set_num_threads(1)  # on busy cores the threads of tiny models do little but wait for each other, at full speed
 
 VISION = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, image_size=28,
               patch_size=7, layer_norm_eps=1e-5, hidden_act="quick_gelu")

@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import random
 import re
 import signal
@@ -22,13 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
-
-# Every client reads the system's certificates, which takes as long as several requests, and no server here has one: they are sought in
-# a folder without any.
-os.environ.pop("SSL_CERT_FILE", None)
-os.environ["SSL_CERT_DIR"] = str(Path(__file__).parent)
 
 FAULTS = ("429", "429 with Retry-After", "500", "slow", "malformed", "empty choices", "dropped", "dropped midway")
 
