@@ -54,11 +54,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.torch)
 
 
-def pytest_collection_finish(session):
-    """What imports and collection made stays until the end: Python's collector need not walk through a million objects again."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What imports and collection make stays until the end: Python's collector need not walk through a million objects."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
+        gc.enable()
 
 
 def pytest_unconfigure(config):
