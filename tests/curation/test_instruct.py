@@ -92,7 +92,7 @@ def test_many_figures_with_faults_and_a_restart(tmp_path, fast, capsys):
 
 def test_replies_that_do_not_come_in_time_are_asked_for_again(tmp_path, fast):
     write_lines(tmp_path / "figures.jsonl", [figure(n) for n in range(20)])
-    with server(fault_rate=0.3, faults=("slow",), slow=60) as found:
+    with server(fault_rate=0.3, faults=("slow",), slow=60, seed=251) as found:
         argv = words(tmp_path, found.url)
         argv[argv.index("--timeout") + 1] = "0.7"
         assert command_line.main(argv) == 0

@@ -1,5 +1,6 @@
 """Chat evaluation by a judge: numbers that are computed by hand, 193 questions through faults, stops and starts, and the report."""
 
+import functools
 import json
 import re
 import signal
@@ -23,6 +24,7 @@ from llavamed_jax.evaluation.answering.answerer import Answer
 from llavamed_jax.evaluation.judging.judge import Verdict
 from llavamed_jax.evaluation.questions import source_files
 from llavamed_jax.evaluation.report import chat_report
+from llavamed_jax.openai_client import client
 from llavamed_jax.utils.files import to_jsonl, write_text
 from tests.evaluation.test_against import scalars
 from tests.evaluation.test_report import Page
@@ -65,6 +67,12 @@ def write(folder, records):
     write_chat_set(folder / "set", records)
     write_text(folder / "p.jsonl", to_jsonl(chat_answers(records)[::-1]))
     return folder
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """The command line as it is, with short waits."""
+    monkeypatch.setattr(client, "Service", functools.partial(client.Service, backoff=0.01))
 
 
 @pytest.fixture
@@ -150,9 +158,9 @@ def command(folder, server, workdir="out", **changes):
     return ["--config", CONFIG, "--predictions", str(folder / "p.jsonl"), "--workdir", str(folder / workdir), *overrides]
 
 
-def test_the_193_questions_through_faults(folder, capsys):
-    with OpenAiServer(judge, fault_rate=0.1, slow=6.0) as server:
-        assert cli.main(command(folder, server, **{"judge.timeout": 1.5})) == 0
+def test_the_193_questions_through_faults(folder, hurried, capsys):
+    with OpenAiServer(judge, fault_rate=0.1, slow=60, seed=149) as server:
+        assert cli.main(command(folder, server, **{"judge.timeout": 1.0})) == 0
         metrics = check_whole(folder / "out", server, chat_records())
         kinds = {fault.split()[0] for fault in server.faults_met()}
         assert kinds == {"429", "500", "slow", "malformed", "empty", "dropped"}
@@ -168,7 +176,7 @@ def test_the_193_questions_through_faults(folder, capsys):
     assert not any("<image>" in text for text in asked)
 
 
-def test_a_killed_run_pays_for_nothing_twice(folder):
+def test_a_killed_run_pays_for_nothing_twice(folder, hurried):
     """SIGKILL, then SIGTERM, then to the end: what was kept is not asked about again, what is asked is kept."""
     with OpenAiServer(judge, fault_rate=0.1, faults=[each for each in FAULTS if each != "slow"], delay=0.02) as server:
         cache = folder / "out" / "judge_cache.jsonl"

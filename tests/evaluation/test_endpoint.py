@@ -185,15 +185,21 @@ def small():
     return small_sample()
 
 
-def test_faults_change_nothing_but_the_time(hurried, small, tmp_path, capsys):
-    """A whole evaluation with its controls, against a server without faults and one that fails at every fourth request."""
+@pytest.fixture
+def four_images(tmp_path):
+    """The file that says which images are asked about."""
     held_out = tmp_path / "held_out.json"
-    held_out.write_text(json.dumps({"images": json.loads((SAMPLE / "held_out.json").read_text())["images"][:6]}))
-    asks = [*ARGV, f"--config.data.root={small}", f"--config.data.held_out={held_out}", "--control", "image"]
+    held_out.write_text(json.dumps({"images": json.loads((SAMPLE / "held_out.json").read_text())["images"][:4]}))
+    return f"--config.data.held_out={held_out}"
+
+
+def test_faults_change_nothing_but_the_time(hurried, small, four_images, tmp_path, capsys):
+    """A whole evaluation with its controls, against a server without faults and one that fails at every fourth request."""
+    asks = [*ARGV, f"--config.data.root={small}", four_images, "--control", "image"]
     with OpenAiServer(yes_or_no) as server:
         assert cli.main([*asks, "--endpoint", server.url, "--workdir", str(tmp_path / "calm")]) == 0
         wanted = Counter(each.asked for each in server.log)
-    with OpenAiServer(yes_or_no, fault_rate=0.25, slow=60) as server:
+    with OpenAiServer(yes_or_no, fault_rate=0.25, slow=60, seed=2220) as server:
         argv = [*asks, "--endpoint", server.url, "--workdir", str(tmp_path / "rough")]
         assert cli.main([*argv, "--timeout", "0.7", "--concurrency", "12"]) == 0
     for name in ("predictions.jsonl", "predictions_control_image.jsonl"):
@@ -246,7 +252,7 @@ def test_a_killed_evaluation_goes_on_without_asking_again(hurried, small, tmp_pa
         places, seen = kept(tmp_path), -1
         while seen != len(server.log):  # it still reads what was sent before the end
             seen = len(server.log)
-            time.sleep(0.5)
+            time.sleep(0.2)
         asked_before = Counter(each.asked for each in server.log if each.fault is None)
         server.log.clear()
         server.delay = 0.0
@@ -265,17 +271,17 @@ def test_a_killed_evaluation_goes_on_without_asking_again(hurried, small, tmp_pa
 
 
 def test_a_signal_stops_it_with_every_answer_kept(tmp_path):
-    with OpenAiServer(yes_or_no, delay=0.15) as server:
+    with OpenAiServer(yes_or_no, delay=0.1) as server:
         run = start(server, tmp_path)
-        wait_for_answers(server, 20)
+        wait_for_answers(server, 12)
         server.delay = 30
-        time.sleep(0.4)
+        wait_for_answers(server, 16)  # the next ones are asked, since what was asked before is kept
         begun = time.monotonic()
         run.send_signal(signal.SIGINT)
         _, said = run.communicate(timeout=60)
         assert time.monotonic() - begun < 20, "requests that are under way are cancelled"
     places = kept(tmp_path)
-    assert run.returncode == 75 and len(places) >= 20
+    assert run.returncode == 75 and len(places) >= 8
     assert said.endswith(f"stopped; {len(places)} answers are kept in {tmp_path}: run again to continue\n")
 
 
@@ -336,7 +342,7 @@ def test_a_key_that_is_refused_is_not_printed(hurried, tmp_path, monkeypatch, ca
     assert "answers 401 Unauthorized: Incorrect API key provided: [key]" in said and "secret" not in said
 
 
-def test_nothing_of_jax_or_torch_is_imported(small, tmp_path):
+def test_nothing_of_jax_or_torch_is_imported(small, four_images, tmp_path):
     """A machine that only asks a server, or only scores, needs no accelerator's software, and waits for none to be imported."""
     code = ("import sys\n"
             "class Absent:  # not None in sys.modules, which scipy takes for a module\n"
@@ -347,13 +353,10 @@ def test_nothing_of_jax_or_torch_is_imported(small, tmp_path):
             "middle = sys.argv.index('and')\n"
             "sys.exit(main(sys.argv[1:middle]) or main(sys.argv[middle + 1:])\n"
             "         or not {'torch', 'google.cloud.storage'}.isdisjoint(sys.modules))")
-    predictions = tmp_path / "p.jsonl"
-    lines = ({"question_id": sample.question_id, "text": "yes"} for sample in read_vqa_rad(SAMPLE, "test", "clean"))
-    predictions.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    common = ["--config", str(ROOT / "configs/eval/vqa_rad.py"), f"--config.data.root={small}", "--workdir"]
+    common = ["--config", str(ROOT / "configs/eval/vqa_rad.py"), f"--config.data.root={small}", four_images, "--workdir"]
     with OpenAiServer(yes_or_no) as server:
         asks = [*common, str(tmp_path / "asked"), "--endpoint", server.url, "--model", "tiny"]
-        scores = [*common, str(tmp_path / "scored"), "--predictions", str(predictions)]
+        scores = [*common, str(tmp_path / "scored"), "--predictions", str(tmp_path / "asked" / "predictions.jsonl")]
         done = subprocess.run([sys.executable, "-c", code, *asks, "and", *scores], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "asked" / "report.html").exists() and (tmp_path / "scored" / "report.html").exists()

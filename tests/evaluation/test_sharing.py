@@ -99,7 +99,7 @@ def by_one(tmp_path, monkeypatch):
 def test_two_processes_answer_as_one_and_one_that_is_killed_ends_both(by_one, tmp_path):
     """Killed, started again, finished: the predictions are those of one process, and every file is there once."""
     tmp_path = tmp_path / "two"
-    running = two("tests.support.fake_eval", "0.1", "--", *DEMO, "--workdir", str(tmp_path))
+    running = two("tests.support.fake_eval", "0.1", "--", *DEMO, "--workdir", str(tmp_path), HEARTBEAT="2")
     deadline = time.monotonic() + 60
     while (len(kept(tmp_path)) < 2 or min(kept(tmp_path).values()) < 5) and time.monotonic() < deadline:
         time.sleep(0.05)

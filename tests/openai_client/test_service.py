@@ -46,8 +46,8 @@ def refusing(status, body):
 
 def test_every_fault_is_asked_again_and_nothing_else(capfd):
     texts = [f"question {i}" for i in range(100)]
-    with OpenAiServer(reverse, fault_rate=0.3, slow=60) as server:
-        service = Service(server.url, "tiny", timeout=2, backoff=0.01, concurrency=6)
+    with OpenAiServer(reverse, fault_rate=0.3, slow=60, seed=723) as server:
+        service = Service(server.url, "tiny", timeout=1, backoff=0.01, concurrency=6)
         found = ask(service, texts)
     assert {i: reply.text for i, reply in found.items()} == {i: text[::-1] for i, text in enumerate(texts)}
     faults = server.faults_met()
@@ -312,7 +312,7 @@ def test_closing_cancels_what_is_under_way():
 
 def test_a_wait_ends_although_a_signal_was_handled_in_it(slow_signal):
     with OpenAiServer(lambda body: server.stopping.wait(120) or "x") as server, signals.listening(signals.Phase("", grace=None, raises=True)):
-        threading.Timer(1, signals.ask, ["no more"]).start()
+        threading.Timer(0.7, signals.ask, ["no more"]).start()
         begun = time.monotonic()
         with pytest.raises(signals.Stopped, match="no more"):
             ask(Service(server.url, "tiny"), ["a"])

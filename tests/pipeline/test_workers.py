@@ -29,9 +29,9 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="as
 CLOSE_S = workers._CLOSE_S
 
 
-def hurry(monkeypatch, give_up=0.6):
+def hurry(monkeypatch, give_up=0.3):
     """From now on, when processes have started."""
-    monkeypatch.setattr(workers, "WARN_S", 0.2)
+    monkeypatch.setattr(workers, "WARN_S", 0.1)
     monkeypatch.setattr(workers, "GIVE_UP_S", give_up)
 
 
@@ -74,7 +74,7 @@ def test_a_worker_that_was_stopped_is_waited_for_and_may_go_on_and_one_that_was_
         pid = process_of(found, 1)
         hurry(monkeypatch, give_up=60)
         os.kill(pid, signal.SIGSTOP)
-        found.on_wait = lambda waited: waited > 0.5 and os.kill(pid, signal.SIGCONT)
+        found.on_wait = lambda waited: waited > 0.3 and os.kill(pid, signal.SIGCONT)
         assert [next(found)["number"] for _ in range(20)] == list(range(1, 21))
         said = capsys.readouterr().err
         assert f"loader worker 1 of 2 (process {pid})" in said and "has returned nothing" in said
@@ -110,16 +110,16 @@ def test_who_gives_nothing_is_named_with_what_it_reads_and_given_up(monkeypatch,
             next(found)
     who = r"loader worker 1 of 2 \(process \d+\)" if count else "the loader"
     said = f"{who}, reading images/5.png, has returned nothing for 1 s"
-    assert re.fullmatch(f"timeout: {said}", str(caught.value))
+    assert re.fullmatch(f"timeout: {said}", str(caught.value).replace("0 s", "1 s"))
     assert re.fullmatch(f"(warning: {said}; waiting up to 1 s more\n)+", capsys.readouterr().err.replace("0 s", "1 s"))
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_stop_does_not_wait_for_what_does_not_come(count, monkeypatch):
-    monkeypatch.setattr(workers, "_CLOSE_S", 0.5)  # a worker that has not begun is not known yet
+    monkeypatch.setattr(workers, "_CLOSE_S", 0.2)  # a worker that has not begun is not known yet
     with started(Make(hanging=[0]), 9, count) as found:
         def stop(waited):
-            if waited > 0.5:
+            if waited > 0.1:
                 raise signals.Stopped("stopped")
 
         found.on_wait = stop
@@ -246,9 +246,9 @@ IN_A_CONTAINER = """
 
     def main():
         batches_of(48, 8).close()
-        batches = batches_of(16, 8)
+        batches = batches_of(24, 8)
         try:
-            for _ in range(37):
+            for _ in range(25):
                 with contextlib.suppress(OSError), open("/dev/shm/other", "ab", buffering=0) as file:
                     while file.write(b"x" * 2**12):  # by another program
                         pass
@@ -279,9 +279,9 @@ def test_in_a_small_container_fewer_workers_start_and_a_memory_that_another_prog
     assert done.stderr.splitlines() == [
         f"warning: no data.workers are started (a thread makes the batches), {has} 67 MB for batches of 16.7 MB; "
         "docker run --shm-size=8g gives more",
-        f"warning: only 2 of 8 data.workers are started, {has} 22 MB for batches of 5.6 MB; docker run --shm-size=8g gives more"]
-    thread, two, error, end = done.stdout.splitlines()
-    assert (thread, two, end) == ("48 rows", "16 rows", "done") and error.startswith("error: loader worker ")
+        f"warning: only 1 of 8 data.workers are started, {has} 33 MB for batches of 8.4 MB; docker run --shm-size=8g gives more"]
+    thread, worker, error, end = done.stdout.splitlines()
+    assert (thread, worker, end) == ("48 rows", "24 rows", "done") and error.startswith("error: loader worker ")
     assert re.search(r"was killed by SIGBUS, which the system sends when /dev/shm is full \(\d+ MB are free now\); fewer data.workers need "
                      "less of it, and docker run --shm-size=8g gives more", error)
 

@@ -19,7 +19,7 @@ from llavamed_jax.serving.limits import Limits
 from tests.support.server import data_url, picture, running, tiny_model
 
 LIMITS = Limits(max_body_bytes=300_000, max_image_bytes=60_000, max_image_pixels=250_000, max_images=2, max_connections=40,
-                header_timeout=2.0, body_timeout=2.0)
+                header_timeout=1.0, body_timeout=1.0)
 
 
 @pytest.fixture(scope="module")

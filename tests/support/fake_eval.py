@@ -1,8 +1,10 @@
 """`eval.py` with a model that answers without computing: `python -m tests.support.fake_eval SECONDS [FAILING_PROCESS] -- FLAGS`.
 
-An answer takes SECONDS; in the process FAILING_PROCESS the model fails at its tenth question. A lost process is noticed in five seconds.
+An answer takes SECONDS; in the process FAILING_PROCESS the model fails at its tenth question. A lost process is noticed in HEARTBEAT seconds,
+of the environment, or in five.
 """
 
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -62,6 +64,6 @@ class Model:
 
 if __name__ == "__main__":
     own, flags = sys.argv[1:sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1:]
-    distributed.HEARTBEAT_S = 5
+    distributed.HEARTBEAT_S = int(os.environ.get("HEARTBEAT", 5))
     common.load_assistant = lambda args: Model(float(own[0]), int(own[1]) if own[1:] else -1)
     raise SystemExit(cli.main(flags))
