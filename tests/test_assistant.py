@@ -15,7 +15,7 @@ from llavamed_jax import chat
 from llavamed_jax.assistant import completion
 from llavamed_jax.errors import UserError
 from llavamed_jax.generation.text_stream import TextStream
-from tests.support import hf
+from tests.support import hf, programs
 
 torch = hf.torch
 
@@ -36,14 +36,19 @@ def saved(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def assistant(saved):
-    return lm.load(saved[0], template="v1.5:mistral_instruct")
+    with programs.shared():
+        yield lm.load(saved[0], template="v1.5:mistral_instruct")
+
+
+TWO_IMAGES = [1] + [-200] * P + [9, 8, 7] + [-200] * P + [5]
+LENGTH = len(TWO_IMAGES)
+ROW = [1] + [-200] * P + [4, 5] + list(range(3, LENGTH - P - 2))
+ROWS = np.array([[-1, -1] + ROW, ROW + [-1, -1], TWO_IMAGES])  # one shape for four tests, compiled once
 
 
 def test_logits_equal_transformers(saved, assistant):
     """A padded row, a text-only row, and two images in a row."""
-    rows = [[1] + [-200] * P + [9, 8, 7] + [-200] * P + [5], [1, 20, 30], [1] + [-200] * P + [4]]
-    length = max(map(len, rows))
-    ids = np.array([row + [lm_pad] * (length - len(row)) for row in rows for lm_pad in [-1]])
+    ids = np.array([TWO_IMAGES, [1, 20, 30] + [-1] * (LENGTH - 3), [1] + [-200] * P + [4] + [-1] * (LENGTH - P - 2)])
     pixels = hf.images(3)
     mask = (ids != -1).astype(np.int64)
     expected = hf.torch_logits(saved[1], np.where(ids == -1, 0, ids), pixels, mask)
@@ -54,13 +59,9 @@ def test_logits_equal_transformers(saved, assistant):
     np.testing.assert_allclose(text_only[0], expected[1, :3], atol=2e-5)
 
 
-ROW = [1] + [-200] * P + [4, 5]
-ROWS = np.array([[-1, -1] + ROW, ROW + [-1, -1], [1] + list(range(3, 21)) + [-1, -1]])  # one shape for three tests, compiled once
-
-
 def test_logits_on_a_mesh(saved, assistant):
     sharded = lm.load(saved[0], mesh="data=4,tp=2", template="v1.5:mistral_instruct")
-    found, wanted = (each.logits(ROWS, hf.images(2)) for each in (sharded, assistant))
+    found, wanted = (each.logits(ROWS, hf.images(4)) for each in (sharded, assistant))
     np.testing.assert_allclose(found[ROWS != -1], wanted[ROWS != -1], atol=2e-5)
 
 
@@ -68,7 +69,7 @@ def test_a_mesh_of_fewer_devices_takes_the_first_ones(saved, assistant):
     """As text, with one axis or two, on a machine of eight; the logits are those of one device."""
     sharded, alike = (lm.load(saved[0], mesh=spec, template="v1.5:mistral_instruct") for spec in ("data=1,tp=2", "tp=2"))
     assert list(sharded.mesh.devices.flat) == jax.devices()[:2] and alike.mesh == sharded.mesh
-    found, wanted = (each.logits(ROWS, hf.images(2)) for each in (sharded, assistant))
+    found, wanted = (each.logits(ROWS, hf.images(4)) for each in (sharded, assistant))
     np.testing.assert_allclose(found[ROWS != -1], wanted[ROWS != -1], atol=2e-5)
 
 
@@ -98,7 +99,7 @@ def test_image_tokens_are_counted_as_they_were_given(assistant, row, images, sen
 
 def test_rows_padded_on_the_left_have_the_logits_of_rows_padded_on_the_right(assistant):
     """What counts is how far tokens are apart (transformers' issue 28184)."""
-    left, right, _ = assistant.logits(ROWS, np.repeat(hf.images(1), 2, axis=0))
+    left, right, _ = assistant.logits(ROWS, hf.images(3)[[0, 0, 1, 2]])
     np.testing.assert_allclose(left[2:], right[:-2], atol=2e-5)
 
 
@@ -153,14 +154,14 @@ def test_stop_strings_end_the_text_and_an_empty_one_does_nothing(assistant):
 
 
 def test_settings_reach_the_engine(assistant):
-    rows = [[1, 5, 6], [1, 5, 6]]
-    greedy = assistant.generate_tokens(rows, max_new_tokens=8)
-    assert assistant.generate_tokens(rows, max_new_tokens=8, temperature=2.0, top_k=1) == greedy
-    assert assistant.generate_tokens(rows, max_new_tokens=8, temperature=2.0, top_p=1e-6) == greedy
-    hot = assistant.generate_tokens(rows, max_new_tokens=8, temperature=2.0)
+    def tokens(**settings):
+        return assistant.generate_tokens([[1, -200, 5, 6]] * 2, [[hf.images(1)[0]]] * 2, max_new_tokens=8, **settings)
+    greedy, hot = tokens(), tokens(temperature=2.0)
+    assert tokens(temperature=2.0, top_k=1) == greedy
+    assert tokens(temperature=2.0, top_p=1e-6) == greedy
     assert hot[0] != hot[1] and hot != greedy  # equal rows of one call draw apart
-    assert assistant.generate_tokens(rows, max_new_tokens=8, temperature=2.0) == hot
-    assert assistant.generate_tokens(rows, max_new_tokens=8, temperature=2.0, seed=1) != hot
+    assert tokens(temperature=2.0) == hot
+    assert tokens(temperature=2.0, seed=1) != hot
 
 
 def test_turn_two_is_the_whole_prompt_anew(assistant, monkeypatch, capsys, tmp_path):
@@ -178,25 +179,25 @@ def test_turn_two_is_the_whole_prompt_anew(assistant, monkeypatch, capsys, tmp_p
         answers.append(tokens)
 
     monkeypatch.setattr(assistant.engine, "stream", spy)
-    files = [str(tmp_path / f"{i}.png") for i in range(3)]
+    files = [str(tmp_path / f"{i}.png") for i in range(2)]
     for i, file in enumerate(files):
         picture(i).save(file)
-    lines = iter(["which is it ?", "where ?", f"/image {files[2]}", "and this ?", ""])
+    lines = iter(["which is it ?", "where ?", f"/image {files[1]}", "?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     monkeypatch.setattr(chat.common, "load_assistant", lambda args: assistant)
-    flags = ["--image", files[0], "--image", files[1], "--system", "be brief", "--temperature", "0", "--max_new_tokens", "5"]
+    flags = ["--image", files[0], "--system", "be brief", "--temperature", "0", "--max_new_tokens", "2"]
     assert chat.main(["--checkpoint", "x", *flags]) == 0
     monkeypatch.undo()
 
     said = [p.decode(tokens).strip() for tokens in answers]
-    prompt = "[INST] <<SYS>>\nbe brief\n<</SYS>>\n\n<image>\n<image>\nwhich is it ? [/INST]"
+    prompt = "[INST] <<SYS>>\nbe brief\n<</SYS>>\n\n<image>\nwhich is it ? [/INST]"
     prompts = [prompt]
-    for answer, question in zip(said, ["where ?", "<image>\nand this ?"]):
+    for answer, question in zip(said, ["where ?", "<image>\n?"]):
         prompts.append(f"{prompts[-1]} {answer} </s>[INST] {question} [/INST]")
     for n, text in enumerate(prompts):
         ids = p.encode(text)
         assert list(asked[n].ids) == p.expand(ids)
-    assert assistant.generate_tokens([ids], [list(p.images(files))], max_new_tokens=5) == answers[2:]
+    assert assistant.generate_tokens([ids], [list(p.images(files))], max_new_tokens=2) == answers[2:]
     assert len(answers) == 3 and all(said)
     out = capsys.readouterr().out
     assert all(answer in out for answer in said)
@@ -212,9 +213,8 @@ def test_finish_reasons():
 def test_a_stop_string_ends_the_work_too(assistant, monkeypatch):
     messages, looks = ask("what is shown ?", picture()), []
     free, = assistant.generate([messages], max_new_tokens=60)
-    programs = assistant.engine.programs._programs
-    decode = programs["decode"]
-    monkeypatch.setitem(programs, "decode", lambda *args: looks.append(0) or decode(*args))
+    decode = assistant.engine.programs._programs["decode"]
+    monkeypatch.setitem(assistant.engine.programs._programs, "decode", lambda *args: looks.append(0) or decode(*args))
     assistant.generate([messages], max_new_tokens=60, stop=(free.text[:2],))
     assert len(looks) <= 2 < len(free.token_ids) / assistant.engine.steps
 
@@ -270,9 +270,10 @@ def test_beams_are_reached_by_every_call(saved, assistant):
     assert cut.text == answer.text[: answer.text.index(stop)].strip() and cut.finish_reason == "stop"
 
 
-def test_a_conversation_draws_the_same_whatever_is_asked_beside_it(assistant):
+def test_a_conversation_draws_the_same_whatever_is_asked_beside_it(assistant, monkeypatch):
+    monkeypatch.setattr(assistant.engine, "batch_size", 2)  # the third waits for one of the others to end
     hot = dict(max_new_tokens=8, temperature=1.5, seed=3)
-    one, two = ask("is there a fracture ?", picture()), ask("where ?")
+    one, two = ask("is there a fracture ?", picture()), ask("where ?", picture(1))
     together = assistant.generate([one, two, two], **hot)
     assert together[:2] == [assistant.generate([each], **hot)[0] for each in (one, two)]
     assert together[2] != together[1]  # the same question again is another draw
@@ -299,11 +300,12 @@ def test_stops_that_are_no_texts_and_pixels_that_are_whole_numbers(assistant):
         assistant.generate_tokens([[1, -200, 5]], [list(pixels)])
 
 
-def test_without_tokenizer_files_arrays_work_and_text_is_one_sentence(saved, tmp_path):
+def test_without_tokenizer_files_arrays_work_and_text_is_one_sentence(saved, assistant, tmp_path):
     path = shutil.copytree(saved[0], tmp_path / "bare")
     (path / "tokenizer.model").unlink()
     model = lm.load(path)
-    assert model.generate_tokens([[1, 5, 6]], max_new_tokens=2)
+    rows, images = [[1, -200, 5, 6], [1, 9, -200]], [[x] for x in hf.images(2)]
+    assert model.generate_tokens(rows, images, max_new_tokens=2) == assistant.generate_tokens(rows, images, max_new_tokens=2)
     with pytest.raises(ValueError, match="no tokenizer files"):
         model.generate([ask("why ?")])
 

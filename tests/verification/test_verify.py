@@ -14,6 +14,7 @@ from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.cli.convert import main
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.verification import compare
+from tests.support import programs
 
 TINY = LlavaConfig(VisionConfig(32, 64, 3, 4, 28, 14), DecoderConfig(70, 48, 96, 1, 4, 2, 12, 1e-5, 1e6, 512, architecture="mistral"))
 
@@ -52,6 +53,7 @@ def lines(capsys):
     return found, out.splitlines()[-1]
 
 
+@programs.shared()
 def test_a_model_in_two_layouts_is_equal_and_one_with_another_value_is_not(original, other, tmp_path, capsys):
     """In one test, whose second half needs no program that the first has not compiled."""
     export(open_checkpoint(original), tmp_path / "hf", "transformers")
