@@ -20,11 +20,13 @@ from llavamed_jax.processor import Processor
 from llavamed_jax.text import template_process
 from llavamed_jax.text.chat_template import ChatTemplate
 from llavamed_jax.text.messages import read_messages
+from tests.support import quick_renderer
 from tests.text.test_templates import check_questions
 
 pytest.importorskip("jinja2")
 pytest.importorskip("transformers")
-SAMPLE = Path(__file__).resolve().parents[2] / "samples" / "vqa_rad" / "tokenizer.model"
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = ROOT / "samples" / "vqa_rad" / "tokenizer.model"
 PICTURE = Image.new("RGB", (8, 8))
 IMAGE, TEXT = {"type": "image", "image": PICTURE}, {"type": "text", "text": "Is it normal?"}
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -118,6 +120,43 @@ def checkpoint(path, **files):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text(content if isinstance(content, str) else json.dumps(content))
     return path
+
+
+# ---- a process that does not start, and one that is ended: first in the file, since a start takes a second -----------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patient():
+    """A minute of processor time for a prompt: a slow machine fills a gigabyte in more than three seconds, and would say so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(template_process, "CPU_SECONDS", 60)
+        template_process._stop()  # the one that gives three
+        yield
+    template_process._stop()
+
+
+def test_without_transformers_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("raise ImportError('no such thing')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    template_process._stop()
+    with pytest.raises(UserError, match="transformers and jinja2, which render chat templates, cannot be imported: ImportError: no such thing"):
+        by_us(A, [{"role": "user", "content": "Q"}])
+    monkeypatch.undo()
+    assert by_us(A, [{"role": "user", "content": "Q"}]) == "A Q"
+
+
+def test_a_template_that_takes_too_long_is_one_sentence_and_is_not_tried_again(monkeypatch):
+    """A power of many digits, which nothing inside of Python can interrupt; what is left of a second is given here, not three."""
+    monkeypatch.setattr(template_process, "CPU_SECONDS", 0)
+    template_process._stop()  # the one that gives more
+    for limit in (100, 1):
+        start = time.monotonic()
+        with pytest.raises(UserError, match="^the chat template FILE cannot be rendered: it takes more than 0 s of processor time$"):
+            by_us("{{ 9 ** (9 ** 9) }}", [{"role": "user", "content": "Q"}])
+        assert time.monotonic() - start < limit
+    monkeypatch.undo()
+    assert by_us(STRINGS["joined"], [{"role": "user", "content": "Q"}]).startswith("<|im_start|>user\nQ")  # and others go on
 
 
 # ---- what is rendered ------------------------------------------------------------------------------------------------
@@ -280,41 +319,16 @@ HOSTILE = {
     "a huge output": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", _MEMORY),
     "a large output": ("{{ '<image>' + 'x' * 2**25 }}",
                        "cannot be rendered: it writes 33554439 characters; at most 16777216 were expected"),
-    "doubling": ("{% set ns = namespace(a='x') %}{% for i in range(99) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
-                 _MEMORY),
 }
 
 
-@pytest.fixture(scope="module")
-def patient():
-    """A minute of processor time for a prompt: a slow machine fills a gigabyte in more than three seconds, and would say so."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(template_process, "CPU_SECONDS", 60)
-        template_process._stop()  # the one that gives three
-        yield
-    template_process._stop()
-
-
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_are_one_sentence(name, patient):
+def test_hostile_templates_are_one_sentence(name):
     source, sentence = HOSTILE[name]
     start = time.monotonic()
     with pytest.raises(UserError, match="^the chat template FILE " + sentence) as error:
         by_us(source, messages_of(TALKS["one question"]))
     assert "\n" not in str(error.value) and len(str(error.value)) < 400 and time.monotonic() - start < 100
-    assert by_us(STRINGS["joined"], [{"role": "user", "content": "Q"}]).startswith("<|im_start|>user\nQ")  # and others go on
-
-
-def test_a_template_that_takes_too_long_is_one_sentence_and_is_not_tried_again(monkeypatch):
-    """A power of many digits, which nothing inside of Python can interrupt; a second is given here, not three."""
-    monkeypatch.setattr(template_process, "CPU_SECONDS", 1)
-    template_process._stop()  # the one that gives three
-    for limit in (100, 1):
-        start = time.monotonic()
-        with pytest.raises(UserError, match="^the chat template FILE cannot be rendered: it takes more than 1 s of processor time$"):
-            by_us("{{ 9 ** (9 ** 9) }}", [{"role": "user", "content": "Q"}])
-        assert time.monotonic() - start < limit
-    monkeypatch.undo()
     assert by_us(STRINGS["joined"], [{"role": "user", "content": "Q"}]).startswith("<|im_start|>user\nQ")  # and others go on
 
 
@@ -391,11 +405,12 @@ def test_threads_and_forks_have_their_own_answers():
 
 
 @pytest.mark.parametrize("way", ["return", "os._exit(0)", "os.kill(os.getpid(), 9)"])
-def test_nothing_is_left_behind(way):
+def test_nothing_is_left_behind(way, tmp_path):
     code = ("import os\nfrom llavamed_jax.text import template_process as p\n"
             "p.render(dict(source='x', messages=[dict(role='user', text='x', parts=[])], tokens={}, marker='<image>'), 'T')\n"
             f"print(p._process[1]._popen.pid, flush=True)\n{'pass' if way == 'return' else way}")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": str(quick_renderer.write(tmp_path))})
     pid = int(done.stdout)
     for _ in range(300):
         if not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text():
@@ -404,17 +419,6 @@ def test_nothing_is_left_behind(way):
     else:
         os.kill(pid, 9)
         pytest.fail("the process that renders is still there")
-
-
-def test_without_transformers_a_sentence(tmp_path, monkeypatch):
-    (tmp_path / "transformers").mkdir()
-    (tmp_path / "transformers" / "__init__.py").write_text("raise ImportError('no such thing')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    template_process._stop()
-    with pytest.raises(UserError, match="transformers and jinja2, which render chat templates, cannot be imported: ImportError: no such thing"):
-        by_us(A, [{"role": "user", "content": "Q"}])
-    monkeypatch.undo()
-    assert by_us(A, [{"role": "user", "content": "Q"}]) == "A Q"
 
 
 def test_another_version_without_the_private_function(monkeypatch):
