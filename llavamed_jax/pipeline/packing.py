@@ -86,6 +86,7 @@ class Stream:
         return sum(self.lengths[:source]) + index
 
 
+@functools.lru_cache(maxsize=4096)  # among few elements grain takes milliseconds for each
 def _shuffle(index: int, length: int, *key: int) -> int:
     """Returns the place of `index` in the permutation of `length` elements that `key` selects."""
     return index_shuffle(index, max_index=length - 1, seed=_seed(*key), rounds=4)
