@@ -67,16 +67,18 @@ def set_back(run: Path, target: Path, last: int, to: int) -> Path:
 
 
 class FakeStep:
-    """In place of `make_train_step`: the state stays as it is; `skipped(step)` says which updates were not finite."""
+    """In place of `make_train_step`: the state, of which the last is kept, stays as it is; `skipped(step)` says which updates were not
+    finite."""
 
     def __init__(self, skipped=lambda step: False):
-        self.step, self.skipped, self.batches = 0, skipped, []
+        self.step, self.skipped, self.batches, self.state = 0, skipped, [], None
 
     def __call__(self, *_):  # what `make_train_step` is called with
         return self.update
 
     def update(self, state, batch):
         self.step += 1
+        self.state = state
         self.batches.append(batch)
         return state, self.metrics(bool(self.skipped(self.step)))
 

@@ -102,7 +102,7 @@ def test_a_workdir_that_goes_while_a_step_is_written(recipe, at_update, tmp_path
             "only its checkpoints": lambda: shutil.rmtree(work / "checkpoints", ignore_errors=True)}
     at_update(4, acts[how])
     if how == "only its checkpoints":
-        assert fit(recipe(), work) and newest_intact_step(work) == (8, [])
+        assert fit(recipe(total_steps=6), work) and newest_intact_step(work) == (6, [])
     else:
         with pytest.raises(Lost, match=f"^the workdir {work} was (removed or moved|replaced by another directory) during"):
             fit(recipe(), work)
@@ -126,13 +126,13 @@ def test_a_workdir_that_goes_after_its_last_save_is_not_called_saved(recipe, tmp
     work = tmp_path / "run"
     if moment == "sealed":
         note = places.Place.note
-        monkeypatch.setattr(places.Place, "note", lambda self, step: (note(self, step), step == 8 and shutil.rmtree(work)))
+        monkeypatch.setattr(places.Place, "note", lambda self, step: (note(self, step), step == 4 and shutil.rmtree(work)))
     else:
         write = store._write_manifest
-        monkeypatch.setattr(store, "_write_manifest", lambda directory: (directory.name == "8" and shutil.rmtree(work), write(directory)))
-    last = "8" if moment == "sealed" else "6"
+        monkeypatch.setattr(store, "_write_manifest", lambda directory: (directory.name == "4" and shutil.rmtree(work), write(directory)))
+    last = "4" if moment == "sealed" else "3"
     with pytest.raises(Lost, match=f"was removed or moved during the run, together with the saved steps .the last step was {last}"):
-        fit(recipe(), work)
+        fit(recipe(total_steps=4), work)
     assert "finished at" not in capsys.readouterr().out
 
 
@@ -194,7 +194,7 @@ def test_a_last_step_that_is_removed_is_saved_again(recipe, tmp_path, monkeypatc
     work, done = tmp_path / "run", []
 
     def remove(step):
-        if step == 8 and not done:
+        if step == 2 and not done:
             done.append(1)
             shutil.rmtree(work / "checkpoints")
     if moment == "sealed":
@@ -203,17 +203,17 @@ def test_a_last_step_that_is_removed_is_saved_again(recipe, tmp_path, monkeypatc
     else:
         write = store._write_manifest
         monkeypatch.setattr(store, "_write_manifest", lambda directory: (remove(int(directory.name)), write(directory)))
-    assert fit(recipe(), work)
-    assert done and newest_intact_step(work) == (8, [])
+    assert fit(recipe(total_steps=2), work)
+    assert done and newest_intact_step(work) == (2, [])
     said = capsys.readouterr().out
-    assert "8 was removed " + ("after" if moment == "sealed" else "while") in said and said.count("was removed") == 1
+    assert "2 was removed " + ("after" if moment == "sealed" else "while") in said and said.count("was removed") == 1
 
 
 def test_a_last_step_that_is_removed_again_and_again_is_not_called_saved(recipe, tmp_path, monkeypatch, capsys):
     work, note = tmp_path / "run", places.Place.note
-    monkeypatch.setattr(places.Place, "note", lambda self, step: (note(self, step), step == 8 and shutil.rmtree(work / "checkpoints")))
-    with pytest.raises(ValueError, match="^step 8 was saved twice, and both times removed from .*; no step had been saved$"):
-        fit(recipe(), work)
+    monkeypatch.setattr(places.Place, "note", lambda self, step: (note(self, step), step == 2 and shutil.rmtree(work / "checkpoints")))
+    with pytest.raises(ValueError, match="^step 2 was saved twice, and both times removed from .*; no step had been saved$"):
+        fit(recipe(total_steps=2), work)
     assert "finished at" not in capsys.readouterr().out
 
 
@@ -223,31 +223,31 @@ def test_a_step_of_which_files_are_removed_while_it_is_written_is_not_sealed(rec
 
     def waiting(self):
         wait(self)
-        if (work / "checkpoints" / "6").exists() and not done:
+        if (work / "checkpoints" / "3").exists() and not done:
             done.append(1)
-            shutil.rmtree(work / "checkpoints" / "6" / "params")
+            shutil.rmtree(work / "checkpoints" / "3" / "params")
     monkeypatch.setattr(store.ocp.AsyncCheckpointer, "wait_until_finished", waiting)
-    assert fit(recipe(), work)
-    assert done and f"warning: {work}/checkpoints/6 was removed while it was written" in capsys.readouterr().out
-    assert newest_intact_step(work)[0] == 8 and not (work / "checkpoints" / "6" / "manifest.json").exists()
+    assert fit(recipe(total_steps=4), work)
+    assert done and f"warning: {work}/checkpoints/3 was removed while it was written" in capsys.readouterr().out
+    assert newest_intact_step(work)[0] == 4 and not (work / "checkpoints" / "3" / "manifest.json").exists()
 
 
 def test_one_step_that_is_removed_is_said(recipe, at_update, tmp_path, capsys):
     work = tmp_path / "run"
     at_update(7, lambda: shutil.rmtree(work / "checkpoints" / "6"), after=sealed(work, 7))
-    assert fit(recipe(), work)
+    assert fit(recipe(total_steps=7), work)
     assert f"{work}/checkpoints/6 was removed after it was saved and is lost; the remaining steps: 3\n" in capsys.readouterr().out
-    assert steps(work) == [3, 8]
+    assert steps(work) == [3, 7]
 
 
 @pytest.mark.parametrize("name", ["recipe.json", ".lock"])
 def test_a_file_of_the_run_that_is_removed_is_made_anew(recipe, at_update, tmp_path, capsys, name):
     work = tmp_path / "run"
-    at_update(4, lambda: (work / name).unlink())
-    assert fit(recipe(), work)
+    at_update(2, lambda: (work / name).unlink())
+    assert fit(recipe(total_steps=4), work)
     said = capsys.readouterr().out
     assert (f"warning: {work / 'recipe.json'} was removed or damaged" in said) == (name == "recipe.json")
-    assert fit(recipe(total_steps=9), work), "it goes on as if nothing had been"
+    assert fit(recipe(total_steps=5), work), "it goes on as if nothing had been"
     assert (work / ".lock").read_text() == str(os.getpid())
 
 
@@ -272,7 +272,7 @@ def test_a_file_system_without_locks_is_said_and_the_run_goes_on(recipe, tmp_pat
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    assert fit(recipe(), tmp_path / "run")
+    assert fit(recipe(total_steps=1), tmp_path / "run")
     said = capsys.readouterr().err
     assert said.count(f"warning: {tmp_path / 'run'} cannot be locked (No locks available), so a second run") == 1
 
@@ -280,9 +280,9 @@ def test_a_file_system_without_locks_is_said_and_the_run_goes_on(recipe, tmp_pat
 def test_logs_that_are_removed_begin_anew(recipe, at_update, tmp_path, capsys):
     work = tmp_path / "run"
     at_update(5, (work / "metrics.jsonl").unlink, lambda: shutil.rmtree(work / "tensorboard"))
-    assert fit(recipe(), work)
+    assert fit(recipe(total_steps=6), work)
     first = json.loads((work / "metrics.jsonl").read_text().splitlines()[0])["step"]
-    assert [line["step"] for line in runs.log_lines(work)] == list(range(first, 9)) and first > 2
+    assert [line["step"] for line in runs.log_lines(work)] == list(range(first, 7)) and first > 2
     said = capsys.readouterr().out
     assert f"warning: {work}/metrics.jsonl was removed; a new file begins at step {first}, and the earlier lines are lost" in said
     assert f"was removed; a new file begins at step {first}, and the earlier values are lost" in said
@@ -294,8 +294,8 @@ def test_steps_that_are_read_at_the_end_are_named(recipe, at_update, tmp_path, c
     from llavamed_jax.checkpoints.open import open_checkpoint
     work, readers = tmp_path / "run", []
     at_update(5, lambda: readers.append(open_checkpoint(work)), after=sealed(work, 5))
-    assert fit(recipe(**{"checkpoint.keep": 1}), work)
-    assert readers[0].step == 3 and steps(work) == [3, 8]
+    assert fit(recipe(total_steps=6, **{"checkpoint.keep": 1}), work)
+    assert readers[0].step == 3 and steps(work) == [3, 6]
     assert "other programs are reading the steps 3, so these steps are kept; delete them later\n" in capsys.readouterr().out
     assert len([readers[0].read(name) for name in readers[0].tensors]) > 10
 
@@ -335,7 +335,7 @@ def test_saves_that_come_to_nothing_twice_in_a_row_end_the_run(recipe, tmp_path,
     assert tries == ["3", "6"]
 
 
-@pytest.mark.parametrize("step", [3, 8])
+@pytest.mark.parametrize("step", [3, 4])
 def test_a_disk_that_is_full_for_a_while_costs_one_save(recipe, tmp_path, monkeypatch, capsys, step):
     """The next save makes up for it, and after the last step the same one."""
     work, write, tries = tmp_path / "run", store._write_manifest, []
@@ -346,8 +346,8 @@ def test_a_disk_that_is_full_for_a_while_costs_one_save(recipe, tmp_path, monkey
             raise OSError(errno.ENOSPC, "No space left on device")
         write(directory)
     monkeypatch.setattr(store, "_write_manifest", full_once)
-    assert fit(recipe(), work) and newest_intact_step(work)[0] == 8
-    assert tries == ([3, 6, 8] if step == 3 else [3, 6, 8, 8])
+    assert fit(recipe(total_steps=4), work) and newest_intact_step(work)[0] == 4
+    assert tries == ([3, 4] if step == 3 else [3, 4, 4])
     said = capsys.readouterr().out
     assert said.count("could not be written") == 1 and f"warning: {work}/checkpoints/{step} could not be written: No space" in said
 
