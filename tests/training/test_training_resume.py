@@ -66,11 +66,12 @@ def test_any_damage_to_the_newest_step_is_named_and_the_one_before_used(two_step
     files = [newest / part] if part == "manifest.json" else [p for p in (newest / part).rglob("*") if p.is_file()]
     files = [file for file in files if damage == "removed" or file.stat().st_size]
     assert files
-    for number, file in enumerate(files):
-        workdir = tmp_path / str(number)
-        shutil.copytree(two_steps, workdir)
-        DAMAGES[damage](workdir / file.relative_to(two_steps))
+    shutil.copytree(two_steps, workdir := tmp_path / "run")
+    for file in files:
+        victim = workdir / file.relative_to(two_steps)
+        DAMAGES[damage](victim)
         step, sentences = store.newest_intact_step(workdir)
+        victim.write_bytes(file.read_bytes())
         assert step == 3 and len(sentences) == 1, file
         assert "checkpoints/6" in sentences[0] and "manifest.json" in sentences[0]
         if part != "manifest.json":
@@ -79,27 +80,30 @@ def test_any_damage_to_the_newest_step_is_named_and_the_one_before_used(two_step
 
 def test_a_manifest_is_damaged_by_any_flipped_bit(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
     manifest = tmp_path / "run" / "checkpoints" / "6" / "manifest.json"
     content = manifest.read_bytes()
     for place in range(0, len(content) - 1, 31):  # all but the end of the last line, which says nothing
         for bit in (0, 5):
             manifest.write_bytes(content[:place] + bytes([content[place] ^ (1 << bit)]) + content[place + 1:])
-            assert store.newest_intact_step(tmp_path / "run")[0] == 3, (place, bit)
+            assert store.newest_intact_step(tmp_path / "run")[0] is None, (place, bit)
+    manifest.write_bytes(content)
+    assert store.newest_intact_step(tmp_path / "run") == (6, [])
 
 
 def test_a_first_save_that_was_killed_begins_anew_and_says_so(recipe, tmp_path, capsys):
     """Never whole, it is as if the run had not saved; once whole, a lost manifest is no reason to throw the run away."""
     workdir = tmp_path / "run"
-    assert fit(recipe(total_steps=3), workdir)
+    assert fit(recipe(total_steps=1), workdir)
     for name in ("manifest.json", "../.sealed"):
-        (workdir / "checkpoints" / "3" / name).unlink()
-    assert fit(recipe(total_steps=3), workdir)
+        (workdir / "checkpoints" / "1" / name).unlink()
+    assert fit(recipe(total_steps=1), workdir)
     assert "has no manifest.json: the save was interrupted; the run starts from the beginning" in capsys.readouterr().out
-    (workdir / "checkpoints" / "3" / "manifest.json").unlink()
+    (workdir / "checkpoints" / "1" / "manifest.json").unlink()
     with pytest.raises(UserError, match="has no intact step to resume from: .*has no manifest.json.*delete its checkpoints/"):
-        fit(recipe(total_steps=3), workdir)
+        fit(recipe(total_steps=1), workdir)
     shutil.rmtree(workdir / "checkpoints")
-    assert fit(recipe(total_steps=3), workdir)
+    assert fit(recipe(total_steps=1), workdir)
 
 
 # ---- where the data stood
@@ -109,13 +113,13 @@ def test_a_step_carries_its_own_position_in_the_data(recipe, tmp_path, monkeypat
     def batches_of(name, total_steps, workers=0):
         step = FakeStep()
         monkeypatch.setattr(trainer, "make_train_step", step)
-        assert fit(recipe(total_steps=total_steps, **{"data.workers": workers}), tmp_path / name)
+        assert fit(recipe(total_steps=total_steps, **{"data.workers": workers, "checkpoint.every_steps": 0}), tmp_path / name)
         return [batch["input_ids"].tolist() for batch in step.batches]
 
-    whole = batches_of("whole", 6)
-    first, rest = batches_of("parts", 4, workers=1), batches_of("parts", 6)
-    assert (len(first), len(rest)) == (4, 2) and first + rest == whole
-    assert store.newest_intact_step(tmp_path / "parts")[0] == 6
+    whole = batches_of("whole", 4)
+    first, rest = batches_of("parts", 2, workers=1), batches_of("parts", 4)
+    assert (len(first), len(rest)) == (2, 2) and first + rest == whole
+    assert store.newest_intact_step(tmp_path / "parts")[0] == 4
 
 
 def test_a_run_goes_on_with_the_updates_that_it_skipped(recipe, tmp_path, monkeypatch):
@@ -200,14 +204,15 @@ def test_what_may_differ_are_keys():
 
 # ---- the lock
 
+# As a place locks and signs it; that imports JAX besides.
 HOLDER = """
-import sys, time
-from pathlib import Path
-from llavamed_jax.training import place
-with place.locked(Path(sys.argv[1])) as held:
-    held.sign()
-    print("held", flush=True)
-    time.sleep(600)
+import os, sys, time
+from llavamed_jax.utils import locks
+file = open(sys.argv[1] + "/.lock", "w")
+assert locks.is_free(file.fileno(), sys.argv[1])
+print(os.getpid(), end="", file=file, flush=True)
+print("held", flush=True)
+time.sleep(600)
 """
 
 

@@ -256,25 +256,31 @@ def test_a_trace_that_begins_too_late_is_said(recipe, stepping, tmp_path, capsys
 
 # ---- answers
 
-def test_samples_and_closed_accuracy_are_the_saved_models(recipe, stepping, tmp_path, capsys):
-    """What is shown is what the workdir's model answers; closed questions alone count."""
+def test_samples_and_closed_accuracy_are_the_saved_models(recipe, stepping, tmp_path, monkeypatch, capsys):
+    """What is shown is what the workdir's model answers; closed questions alone count. Two of them have an image and are shown, too: one
+    set of programs serves both."""
     stepping(FakeStep())
+    monkeypatch.setattr(trainer, "make_eval_step", lambda *_: lambda state, batch: (jax.numpy.float32(2), jax.numpy.float32(1)))
+    monkeypatch.setattr(during_training, "MAX_NEW_TOKENS", {"sample": 6, "closed": 4})
     model, seen = during_training.TrainedModel(), []
     sampler = during_training.Samples(model)
     cfg = recipe(total_steps=3, samples_every=2, **{"checkpoint.every_steps": 0})
+    records = sorted(json.loads((SAMPLE / "vqa_train.json").read_text()), key=lambda record: record["answer_type"])
+    records = [*records[:2], {key: x for key, x in records[-1].items() if key != "image"}]
+    records[2]["conversations"][0]["value"] = "What is a hilum?"
+    assert [record["answer_type"] for record in records] == ["CLOSED", "CLOSED", "OPEN"]
+    (tmp_path / "validation.json").write_text(json.dumps(records))
     with cfg.ignore_type():
-        cfg.data.validation = str(cfg.data.train).replace("train.json", "validation.json")
+        cfg.data.validation = str(tmp_path / "validation.json")
     show = lambda snapshot: seen.append((snapshot.step, sampler(snapshot))) or seen[-1][1]
     watch = Callbacks([during_training.ClosedAccuracy(model)], show)
     assert fit(cfg, tmp_path / "run", watch)
     said = capsys.readouterr().out
     assert [step for step, _ in seen] == [2, 3]
-    records = json.loads(open(cfg.data.validation).read())
-    closed = [r for r in records if during_training.first_turn({**r, "image": [r["image"]]}).is_closed]
     line = next(line for line in runs.log_lines(tmp_path / "run") if "validation_loss" in line)
-    assert line["step"] == 3 and line["validation_closed"] == len(closed) and 0 <= line["validation_closed_accuracy"] <= 1
+    assert line["step"] == 3 and line["validation_closed"] == 2 and 0 <= line["validation_closed_accuracy"] <= 1
     samples, conversations = seen[-1][1], []
-    for sample, record in zip(samples, records):
+    for sample, record in zip(samples, records[:2], strict=True):
         question = record["conversations"][0]["value"].removeprefix("<image>\n")
         assert (sample.question, sample.wanted) == (question, record["conversations"][1]["value"]) and sample.name in said
         content = [{"type": "image", "image": str(runs.images() / record["image"])}, {"type": "text", "text": question}]
