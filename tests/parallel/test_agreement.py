@@ -11,8 +11,10 @@ import pytest
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.checkpoints.tree.model import write_model
-from llavamed_jax.cli.train import main
-from llavamed_jax.errors import UsageError
+from llavamed_jax.cli import processes
+from llavamed_jax.cli.eval import main as evaluate
+from llavamed_jax.cli.train import main as train
+from llavamed_jax.errors import UsageError, UserError
 from llavamed_jax.parallel import agreement
 from llavamed_jax.parallel.mesh import make_mesh
 from llavamed_jax.training import alike, inputs, recipe
@@ -154,7 +156,7 @@ def test_a_recipe_is_compared_before_anything_is_opened_or_written(tmp_path, mon
         raise UsageError("started otherwise")
 
     monkeypatch.setattr(agreement, "check_same", refuse)
-    status = main([*command(tmp_path, **{"optimizer.learning_rate": 0.25}), "--workdir", str(tmp_path / "run")])
+    status = train([*command(tmp_path, **{"optimizer.learning_rate": 0.25}), "--workdir", str(tmp_path / "run")])
     assert (status, *capsys.readouterr()) == (2, "", "error: started otherwise\n") and not list(tmp_path.iterdir())
 
 
@@ -343,12 +345,24 @@ def test_two_processes_of_other_data_under_one_name_end_with_one_sentence(tmp_pa
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-@pytest.mark.parametrize("module, words", [("train", ["--config", "configs/demo.py:vqa"]), (
-    "tests.support.fake_eval", ["0", "--", "--config", "configs/eval/vqa_rad.py:demo", "--checkpoint", "runs/x"])], ids=["train", "eval"])
-def test_a_config_that_one_process_cannot_read_ends_all_at_once(tmp_path, module, words):
+EVALUATION = ["--config", "configs/eval/vqa_rad.py:demo", "--checkpoint", "runs/x"]
+
+
+@pytest.mark.parametrize("command, words", [(train, ["--config", "configs/demo.py:vqa"]), (evaluate, EVALUATION)], ids=["train", "eval"])
+def test_a_process_joins_the_others_before_it_reads_its_config(tmp_path, monkeypatch, capsys, command, words):
+    def join(place):
+        raise UserError(f"{place.index} of {place.count} at {place.coordinator} has joined")
+
+    monkeypatch.setattr(processes, "join", join)
+    several = ["--coordinator", "here:1", "--num_processes", "2", "--process_id", "1", "--config.bogus=1"]
+    assert command([*words, "--workdir", str(tmp_path / "run"), *several]) == 1
+    assert capsys.readouterr().err == "error: 1 of 2 at here:1 has joined\n"
+
+
+def test_a_config_that_one_process_cannot_read_ends_all_at_once(tmp_path):
     """Before it had joined the others it would have left them waiting for it for five minutes."""
     begun = time.monotonic()
-    running = two(module, *words, "--workdir", str(tmp_path / "run"), only_second=["--config.bogus=1"])
+    running = two("tests.support.fake_eval", "0", "--", *EVALUATION, "--workdir", str(tmp_path / "run"), only_second=["--config.bogus=1"])
     (status, _, said), (there, _, said_there) = ends(running, 300)
     assert (status, there) == (2, 2) and time.monotonic() - begun < 120
     assert "error: process 1 failed: the config key 'bogus' does not exist" in said

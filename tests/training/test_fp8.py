@@ -33,7 +33,7 @@ from tests.support.training_runs import log_lines, set_back, shrunk
 qwix = pytest.importorskip("qwix")
 CFG = LlavaConfig(VisionConfig(32, 64, 3, 2, 8, 4), DecoderConfig(64, 32, 64, 3, 4, 2, 8, 1e-5, 1e4, 128, architecture="mistral"))
 CONFIGS = {kind: CFG.replace(decoder=decoder_from_hf(dict(
-    model_type=kind, vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+    model_type=kind, vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=128))) for kind in ("qwen2", "qwen3")}
 PROJECTION = ("decoder", "layers", "mlp", "up_proj")
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2

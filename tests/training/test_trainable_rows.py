@@ -15,11 +15,11 @@ from llavamed_jax.checkpoints.tree.model import write_model
 from llavamed_jax.cli.common import load_config
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UsageError
-from llavamed_jax.training import optimizer, recipe
+from llavamed_jax.training import optimizer, recipe, trainer
 from llavamed_jax.training.recipe import TABLE
 from llavamed_jax.training.state import partition, tokens_of
 from llavamed_jax.training.trainer import fit
-from tests.support.training_runs import images
+from tests.support.training_runs import FakeStep, images
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "samples" / "vqa_rad"
@@ -42,16 +42,15 @@ def start(tmp_path):
 
 
 def train(start, workdir, **changes):
-    """Two records with an image and two of text alone, three updates of what `pretrain.py:v1` trains."""
+    """Two records with an image and two of text alone, two updates of what `pretrain.py:v1` trains."""
     records = json.loads((SAMPLE / "alignment.json").read_text())[:4]
     for record in records[2:]:
         record.pop("image")
         record["conversations"][0]["value"] = "What is a hilum?"
     (workdir.parent / "train.json").write_text(json.dumps(records))
     keys = {"init": start, "data.train": workdir.parent / "train.json", "data.images": images(), "data.workers": 0,
-            "data.packing": False, "batch_size": 8, "micro_batches": 1, "total_steps": 3, "max_length": 160, "remat": "none",
-            "log_every": 1,
-            "mesh.data": 1, "mesh.fsdp": 2, "optimizer.warmup_ratio": 0.0, **changes}
+            "data.packing": False, "batch_size": 8, "micro_batches": 1, "total_steps": 2, "max_length": 160, "remat": "none",
+            "log_every": 1, "mesh.data": 1, "mesh.fsdp": 1, "optimizer.warmup_ratio": 0.0, **changes}
     cfg = load_config(f"{ROOT}/configs/pretrain.py:v1", [f"{key}={value}" for key, value in keys.items()])
     fit(cfg, workdir)
     return open_checkpoint(start), open_checkpoint(workdir)
@@ -65,10 +64,10 @@ def test_a_run_moves_two_rows_and_the_projector(start, tmp_path):
     assert rows.tolist() == [START, END]
 
 
-def test_a_model_without_the_tokens_trains_its_projector_and_says_so(start, tmp_path, capsys):
-    before, after = train(start(False), tmp_path / "run", **{"mesh.data": 1, "mesh.fsdp": 1})
-    changed = {name for name in before.tensors if not np.array_equal(before.read(name), after.read(name))}
-    assert changed == {"projector/linear_0/kernel", "projector/linear_0/bias"}
+def test_a_model_without_the_tokens_trains_its_projector_and_says_so(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "make_train_step", step := FakeStep())
+    train(start(False), tmp_path / "run")
+    assert step.state.trainable.keys() == {"projector/linear_0/kernel", "projector/linear_0/bias"}
     assert "this model has no <im_start>, <im_end>, so no row of the embedding is trained" in capsys.readouterr().out
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -26,6 +27,10 @@ pytestmark = pytest.mark.usefixtures("one_device", "without_compiling")
 def hanging(monkeypatch):
     """`hanging(step, when, act)`: the batches for which `when(maker, number)` do not come; `act` is done once the first is waited for,
     when the run has done `step` updates."""
+    waits, obey = threading.Event(), workers.InOrder._obey
+    monkeypatch.setattr(workers.InOrder, "_obey", lambda self, waited: (waits.set(), obey(self, waited)))
+    monkeypatch.setattr(workers, "_POLL_S", 0.05)
+
     def use(step, when, act=lambda: None):
         make, done = loader.BatchMaker.__call__, []
 
@@ -33,7 +38,8 @@ def hanging(monkeypatch):
             if when(self, number):
                 while trainer.make_train_step.step < step:
                     time.sleep(0.02)
-                time.sleep(0.5)  # until the loop has read the last update and waits
+                waits.clear()
+                assert waits.wait(60), "the loop did not come to wait"
                 if not done:
                     done.append(1)
                     act()
@@ -51,17 +57,17 @@ def terminate():
 def test_a_signal_saves_without_the_batch_that_does_not_come(recipe, hanging, tmp_path, capsys):
     hanging(2, lambda maker, number: number == 2 and maker.start == (0, 0), terminate)
     begun = time.monotonic()
-    assert fit(recipe(total_steps=6), tmp_path / "run") is False
+    assert fit(recipe(total_steps=4), tmp_path / "run") is False
     assert time.monotonic() - begun < 30
     assert newest_intact_step(tmp_path / "run") == (2, [])
     said = capsys.readouterr().out
-    assert "\nstopped while waiting for a batch\n" in said and "\nstopped and saved at step 2 of 6" in said
-    assert fit(recipe(total_steps=6), tmp_path / "run") is True, "it goes on with the batch that did not come"
-    assert [line["step"] for line in runs.log_lines(tmp_path / "run") if "loss" in line] == list(range(1, 7))
+    assert "\nstopped while waiting for a batch\n" in said and "\nstopped and saved at step 2 of 4" in said
+    assert fit(recipe(total_steps=4), tmp_path / "run") is True, "it goes on with the batch that did not come"
+    assert [line["step"] for line in runs.log_lines(tmp_path / "run") if "loss" in line] == list(range(1, 5))
 
 
 def test_a_signal_saves_without_validation_data_that_do_not_come(recipe, hanging, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(validation, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(validation, "PATIENCE_S", 0.1)
     hanging(3, lambda maker, number: maker.last_epoch is not None, terminate)
     data = runs.write_data(tmp_path)
     assert fit(recipe(**{"data.validation": data / "validation.json"}), tmp_path / "run") is False
@@ -73,7 +79,7 @@ def test_a_signal_saves_without_validation_data_that_do_not_come(recipe, hanging
 def test_a_signal_during_a_validation_saves_without_the_rest_of_it(recipe, tmp_path, monkeypatch, capsys, at):
     """What was stopped is not recorded; what was whole before is. The run goes on after the step."""
     data, calls = runs.write_data(tmp_path), []
-    cfg = lambda: recipe(batch_size=2, **{"data.validation": data / "validation.json"})  # three batches
+    cfg = lambda: recipe(batch_size=2, total_steps=4, **{"data.validation": data / "validation.json"})  # three batches
 
     def evaluate(snapshot, what):
         calls.append(what)
@@ -99,7 +105,7 @@ def test_a_signal_during_a_validation_saves_without_the_rest_of_it(recipe, tmp_p
                     "answers": {"step": 3, "validation_loss": 2.0}}[at]
     what = "the validation" if at == "batch" else "the evaluation of answers"
     said = capsys.readouterr().out
-    assert f"\n{what} of step 3 was stopped and is not recorded\n" in said and "\nstopped and saved at step 3 of 8" in said
+    assert f"\n{what} of step 3 was stopped and is not recorded\n" in said and "\nstopped and saved at step 3 of 4" in said
     at = ""
     assert fit(cfg(), tmp_path / "run", callbacks) is True
 
@@ -149,7 +155,7 @@ def test_a_signal_cuts_the_answers_short(monkeypatch):
 
 
 def test_batches_that_never_come_end_the_run_with_its_step_saved(recipe, hanging, tmp_path, monkeypatch):
-    hanging(5, lambda maker, number: number == 5, lambda: monkeypatch.setattr(workers, "GIVE_UP_S", 1.0))
+    hanging(5, lambda maker, number: number == 5, lambda: monkeypatch.setattr(workers, "GIVE_UP_S", 0.2))
     with pytest.raises(UserError, match=r"^timeout: the loader, reading .*, has returned nothing for \d+ s; step 5 is saved$"):
         fit(recipe(**{"checkpoint.every_steps": 3}), tmp_path / "run")
     assert newest_intact_step(tmp_path / "run") == (5, [])
@@ -163,7 +169,7 @@ def test_a_signal_before_the_first_update_saves_nothing_and_says_so(recipe, tmp_
         with monkeypatch.context() as patch:
             real = getattr(__import__(module, fromlist=[function]), function)
             patch.setattr(at, lambda *args, real=real, **kwargs: (terminate(), real(*args, **kwargs))[1])
-            assert fit(recipe(), tmp_path / name) is False
+            assert fit(recipe(total_steps=1), tmp_path / name) is False
         assert "stopped before the first update: run again to continue" in capsys.readouterr().err
         assert not [path for path in (tmp_path / name).iterdir() if path.name.endswith(".partial")]
-    assert fit(recipe(), tmp_path / "write") is True
+    assert fit(recipe(total_steps=1), tmp_path / "write") is True
