@@ -1,12 +1,14 @@
 """`--preflight` when something goes wrong: rows that were found are shown, files are kept, no process is left, one sentence is said."""
 
+import io
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,6 +88,7 @@ def test_a_disk_that_fills_is_said_after_the_rows(capsys, monkeypatch, tmp_path)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_shows_what_was_found_and_stops_the_rest(capsys, monkeypatch, number):
     monkeypatch.setattr(report, "_at_once", lambda count: 2)
+    monkeypatch.setattr(report, "wait", lambda futures, timeout, **how: wait(futures, timeout=timeout / 10, **how))
     stopped, asked = threading.Event(), []
 
     def compiled(job):
@@ -93,7 +96,7 @@ def test_an_interrupt_shows_what_was_found_and_stops_the_rest(capsys, monkeypatc
         if job["topology"] == "h100-1":
             return row("h100-1")
         if asked.count("h100-2") == 1:  # a second signal could come when nobody waits for it any more
-            timer = threading.Timer(0.2, os.kill, [os.getpid(), number])
+            timer = threading.Timer(0.05, os.kill, [os.getpid(), number])
             timer.start()
         assert stopped.wait(60)
         raise UserError("it was stopped")
@@ -103,17 +106,34 @@ def test_an_interrupt_shows_what_was_found_and_stops_the_rest(capsys, monkeypatc
     assert "h100-1    fits" in capsys.readouterr().out and "h100-4" not in asked
 
 
+def forked(function, *closed):
+    """What a function returns in a fork of this process that lacks these file descriptors. To import JAX anew takes a second."""
+    fork = multiprocessing.get_context("fork")
+    queue = fork.SimpleQueue()
+
+    def run():
+        for each in closed:
+            os.close(each)
+        queue.put(function())
+    process = fork.Process(target=run)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    return queue.get()
+
+
 def test_an_output_that_is_closed_is_one_sentence_and_the_file_is_written(tmp_path):
     """As of `| head -1`."""
-    code = ("import sys; from tests.preflight import test_preflight_command as here; from llavamed_jax.cli import common; from llavamed_jax.preflight import report; "
-            f"sys.exit(common.run(lambda _: report.check(here.jobs('cpu-1'), here.some_fail({{}}), '{tmp_path}/found.json')))")
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", stdout=writer, stderr=subprocess.PIPE, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
-    os.close(writer)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "error: the output was closed before everything was written"
-    assert "Traceback" not in done.stderr and json.loads((tmp_path / "found.json").read_text())[0]["topology"] == "cpu-1"
+    def run():
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        sys.stdout, sys.stderr = open(1, "w"), io.StringIO()
+        status = common.run(lambda _: report.check(jobs("cpu-1"), some_fail({}), f"{tmp_path}/found.json"))
+        return status, sys.stderr.getvalue()
+    status, error = forked(run)
+    assert status == 1 and error.splitlines()[-1] == "error: the output was closed before everything was written"
+    assert "Traceback" not in error and json.loads((tmp_path / "found.json").read_text())[0]["topology"] == "cpu-1"
 
 
 def stand_in(tmp_path, monkeypatch, script):
@@ -159,24 +179,30 @@ def test_a_compiler_that_is_stopped_leaves_no_process(tmp_path, monkeypatch):
         compiler(jobs("cpu-1")[0])
 
 
-def test_a_command_line_without_stdin_compiles(tmp_path):
+def test_a_command_line_without_stdin_compiles(tmp_path, monkeypatch):
     """The child's end of the pipe takes no number of its own streams."""
-    code = ("import json, sys; from tests.preflight import test_preflight_command as here; from pathlib import Path; from _pytest.monkeypatch import MonkeyPatch\n"
-            f"here.stand_in(Path('{tmp_path}'), MonkeyPatch(), 'test \"$6\" -gt 2 || exit 9; cat; echo')\n"
-            "print(here.compile.Compiler()(here.jobs('cpu-1')[0])['topology'])")
-    done = subprocess.run(["sh", "-c", 'exec "$0" "$@" <&-', sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.stdout == "cpu-1\n", done.stderr
+    stand_in(tmp_path, monkeypatch, 'test "$6" -gt 2 || exit 9; cat; echo')
+    assert forked(lambda: compile.Compiler()(jobs("cpu-1")[0])["topology"], 0) == "cpu-1"
 
 
-def test_a_compiler_ends_with_the_process_that_asked_for_it():
+def test_a_compiler_ends_with_the_process_that_asked_for_it(monkeypatch):
     theirs, ours = os.pipe()
-    process = subprocess.Popen([sys.executable, "-m", "llavamed_jax.preflight.compile", str(theirs)], cwd=ROOT, stdin=subprocess.PIPE,
-                               pass_fds=[theirs], start_new_session=True)  # it waits for its job
+
+    def run():  # it waits for its job
+        os.setsid()
+        os.close(ours)
+        monkeypatch.setattr(sys, "argv", ["compile", str(theirs)])
+        monkeypatch.setattr(sys, "stdin", open(nothing))
+        compile.main()
+    nothing, job = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
     os.close(theirs)
     os.close(ours)
-    assert process.wait(120) == -signal.SIGKILL
-    process.stdin.close()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    os.close(nothing)
+    os.close(job)
 
 
 @pytest.mark.parametrize("script, sentence", [
