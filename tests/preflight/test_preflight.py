@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FINETUNE = f"{ROOT}/configs/finetune.py"
 CFG = LlavaConfig(VisionConfig(16, 32, 3, 2, 16, 8),
                   DecoderConfig(256, 64, 96, 3, 4, 2, 16, 1e-5, 1e4, 256, architecture="mistral"), max_length=64)
+# The engine's programs have a copy of each layer: one of the decoder, and the one of the tower that is read, say what more would.
+SHALLOW = CFG.replace(vision=dataclasses.replace(CFG.vision, num_layers=2), decoder=dataclasses.replace(CFG.decoder, num_layers=1))
 SMALL = ["data.packing=true", "data.row_length=128", "data.mean_length=40", "batch_size=48", "micro_batches=2", "remat=full"]
 
 
@@ -266,10 +268,10 @@ def test_the_cache_has_the_engines_length(new_tokens, length):
 def test_the_engines_programs_are_compiled_from_shapes():
     """Each of the three for two rows on four devices; the decode loop copies no cache."""
     machine = Topology.parse("cpu-4")
-    serving = Serving.of(CFG, machine.devices(), "data=2,tp=2", "float32", rows=2, new_tokens=40)
+    serving, deep = (Serving.of(each, machine.devices(), "data=2,tp=2", "float32", rows=2, new_tokens=40) for each in (SHALLOW, CFG))
     assert (serving.prompt, serving.length, serving.batch) == (128, 256, 4)
-    cache = 2 * 3 * 2 * 2 * 256 * 16 * 4 // 4  # keys and values, layers, rows, heads, positions, width, bytes, devices
-    assert serving.bytes()["cache"] == cache
+    cache = 2 * 2 * 2 * 256 * 16 * 4 // 4  # keys and values, rows, heads, positions, width, bytes, devices
+    assert serving.bytes()["cache"] == cache and deep.bytes()["cache"] == 3 * cache
     found = {name: (compiled(lowered, machine), beside) for name, lowered, beside in serving.programs()}
     assert list(found) == ["encode", "prefill", "decode"]
     weights = serving.bytes()["parameters"]
@@ -282,9 +284,9 @@ def test_the_engines_programs_are_compiled_from_shapes():
 @pytest.mark.parametrize("how, bits", [("int8", 8), ("int4", 4), ("nf4", 4)])
 def test_rounded_kernels_are_counted_by_their_bits(how, bits):
     """And the programs take them as they are."""
-    decoder = dataclasses.replace(CFG.decoder, intermediate_size=128)
-    config, machine = dataclasses.replace(CFG, decoder=decoder), Topology.parse("cpu-1")
-    exact, rounded = (Serving.of(config, machine.devices(), None, "bfloat16", 2, 32, quantize=each) for each in (None, how))
+    devices = Topology.parse("cpu-1").devices()
+    deep, shallow = (each.replace(decoder=dataclasses.replace(each.decoder, intermediate_size=128)) for each in (CFG, SHALLOW))
+    exact, rounded = (Serving.of(deep, devices, None, "bfloat16", 2, 32, quantize=each) for each in (None, how))
     layers = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)  # weights: q and o, k and v, gate, up and down
     outputs = 3 * (64 * 2 + 32 * 2 + 128 * 2 + 64)
     groups = 3 * (64 * 2 + 32 * 2 + 128 * 2 + 64 * (1 if how == "int4" else 2))  # 128 inputs are one group of int4
@@ -292,12 +294,12 @@ def test_rounded_kernels_are_counted_by_their_bits(how, bits):
     saved = exact.bytes()["parameters"] - rounded.bytes()["parameters"]
     assert saved == layers * (16 - bits) // 8 - scales
     element = {"int8": "xi8>", "int4": "xi4>", "nf4": "xui4>"}[how]
-    for name, lowered, _ in rounded.programs():
+    for name, lowered, _ in Serving.of(shallow, devices, None, "bfloat16", 2, 32, quantize=how).programs():
         assert (element in lowered.as_text().partition("func.func public @main")[2].partition("{\n")[0]) == (name != "encode"), name
 
 
 def test_an_int8_cache_is_counted_and_given_to_the_programs():
-    plain, small = (Serving.of(CFG, Topology.parse("cpu-1").devices(), None, "bfloat16", 2, 32, kv_cache=each) for each in (None, "int8"))
+    plain, small = (Serving.of(SHALLOW, Topology.parse("cpu-1").devices(), None, "bfloat16", 2, 32, kv_cache=each) for each in (None, "int8"))
     H = CFG.decoder.head_dim
     assert small.bytes()["cache"] * 2 * H == plain.bytes()["cache"] * (H + 4)
     for name, lowered, _ in small.programs():
