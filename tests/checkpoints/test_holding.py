@@ -26,10 +26,24 @@ SOURCE = random_checkpoint(CFG, seed=1)
 TRAINED = [name for name in SOURCE.tensors if name.startswith("projector/linear_1/")]  # few arrays: saving them takes less time
 
 
+def save_with(writer, step):
+    """Saves a step, all that it waits for included."""
+    writer.save(step, trained(step), optax.adam(1e-3).init(trained(step)), {"step": step})
+    writer.wait()
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """The workdir of a run that has saved step 1."""
+    write_model(path := tmp_path_factory.mktemp("begun") / "run", SOURCE, without=TRAINED)
+    with store.StepWriter(path) as writer:
+        save_with(writer, 1)
+    return path
+
+
 @pytest.fixture
-def workdir(tmp_path):
-    write_model(tmp_path / "run", SOURCE, without=TRAINED)
-    return tmp_path / "run"
+def workdir(begun, tmp_path):
+    return shutil.copytree(begun, tmp_path / "run")
 
 
 def trained(step):
@@ -38,11 +52,10 @@ def trained(step):
 
 @pytest.fixture
 def save(workdir):
-    """Saves a step, all that it waits for included."""
+    """Saves a step after the first."""
     with store.StepWriter(workdir) as writer:
         def save(step, keep=1):
-            writer.save(step, trained(step), optax.adam(1e-3).init(trained(step)), {"step": step})
-            writer.wait()
+            save_with(writer, step)
             return writer.keep(keep)
         yield save
 
@@ -61,7 +74,6 @@ def assert_is(checkpoint, step):
 
 @pytest.mark.parametrize("path", ["", "checkpoints/1"])
 def test_a_step_that_is_read_is_deleted_later(workdir, save, path):
-    save(1)
     checkpoint = open_checkpoint(workdir / path)
     assert save(2) == [1] and store.steps(workdir) == [1, 2]
     assert_is(checkpoint, 1)
@@ -70,7 +82,6 @@ def test_a_step_that_is_read_is_deleted_later(workdir, save, path):
 
 
 def test_a_copy_of_the_checkpoint_holds_the_step_too(workdir, save):
-    save(1)
     checkpoint = open_checkpoint(workdir).cast(np.float32).sound()
     assert save(2) == [1]
     load_params(checkpoint)
@@ -79,7 +90,6 @@ def test_a_copy_of_the_checkpoint_holds_the_step_too(workdir, save):
 
 
 def test_two_readers_hold_a_step_until_the_last_is_done(workdir, save):
-    save(1)
     one, other = open_checkpoint(workdir), open_checkpoint(workdir)
     del one
     assert save(2) == [1]
@@ -88,7 +98,6 @@ def test_two_readers_hold_a_step_until_the_last_is_done(workdir, save):
 
 def test_reading_never_fails_beside_a_run_that_keeps_one_step(workdir, save):
     """The thread saves as fast as it can: of readers that hold nothing about every second one failed."""
-    save(1)
     last, is_done, read = [1], threading.Event(), 0
 
     def train():
@@ -109,7 +118,6 @@ def test_reading_never_fails_beside_a_run_that_keeps_one_step(workdir, save):
 
 
 def test_without_locks_a_step_that_goes_is_one_sentence(workdir, save, no_locks, capfd):
-    save(1)
     checkpoint = open_checkpoint(workdir)
     assert save(2) == [] and store.steps(workdir) == [2]
     with pytest.raises(holding.StepGone, match=f"^{workdir}/checkpoints/1 was deleted while it was read, because a run that is still training "
@@ -122,7 +130,6 @@ def test_without_locks_a_step_that_goes_is_one_sentence(workdir, save, no_locks,
 
 @pytest.mark.parametrize("moment", ["before it is hashed", "while it is hashed", "before its tensors are listed"])
 def test_without_locks_the_newest_step_is_opened_instead_of_one_that_goes(workdir, save, no_locks, monkeypatch, moment, recwarn):
-    save(1)
     done = []
 
     def instead(what):
@@ -146,7 +153,6 @@ def test_without_locks_the_newest_step_is_opened_instead_of_one_that_goes(workdi
 
 
 def test_a_step_that_is_being_deleted_is_not_opened(workdir, save):
-    save(1)
     save(2, keep=2)
     directory = workdir / "checkpoints" / "1"
     with open(directory / "manifest.json", "r+") as file:
@@ -159,7 +165,6 @@ def test_a_step_that_is_being_deleted_is_not_opened(workdir, save):
                                               ("rmtree", errno.ENOTEMPTY, False)])
 def test_an_old_step_that_cannot_be_deleted_is_said_once_and_saving_goes_on(workdir, save, monkeypatch, capsys, call, code, left):
     """Write-protected by the user, or busy on NFS. What is half deleted is deleted once that works."""
-    save(1)
     directory = workdir / "checkpoints" / "1"
     place, path = {"open": (os, directory / "manifest.json"), "unlink": (Path, directory / "manifest.json"), "rmtree": (shutil, directory)}[call]
     original = getattr(place, call)
@@ -179,7 +184,6 @@ def test_an_old_step_that_cannot_be_deleted_is_said_once_and_saving_goes_on(work
 @pytest.mark.parametrize("has_manifest", [True, False])
 def test_of_a_step_that_is_a_link_the_link_is_deleted(workdir, save, tmp_path, capsys, has_manifest):
     """A user has moved it to another disk: that copy is not the run's."""
-    save(1)
     directory = workdir / "checkpoints" / "1"
     directory.rename(away := tmp_path / "away")
     directory.symlink_to(away)
@@ -191,7 +195,6 @@ def test_of_a_step_that_is_a_link_the_link_is_deleted(workdir, save, tmp_path, c
 
 
 def test_a_linked_step_that_is_read_stays(workdir, save, tmp_path):
-    save(1)
     directory = workdir / "checkpoints" / "1"
     directory.rename(tmp_path / "away")
     directory.symlink_to(tmp_path / "away")
@@ -205,9 +208,8 @@ def test_a_linked_step_that_is_read_stays(workdir, save, tmp_path):
     ("state", lambda workdir: store.read_meta(workdir, 1)),
     ("optimizer", lambda workdir: store.restore_step(workdir, 1, trained(1), optax.adam(1e-3).init(trained(1)))),
 ])
-def test_what_cannot_be_read_after_it_was_checked_is_one_sentence(workdir, save, monkeypatch, part, read, capfd):
+def test_what_cannot_be_read_after_it_was_checked_is_one_sentence(workdir, monkeypatch, part, read, capfd):
     """Every file of a part in turn is cut after its hash was looked at: a disk that fails."""
-    save(1)
     monkeypatch.setattr(store, "_damage", lambda *_: None)
     files = [path for path in (workdir / "checkpoints" / "1" / part).rglob("*") if path.is_file() and path.stat().st_size]
     refused = 0
@@ -227,7 +229,6 @@ def test_what_cannot_be_read_after_it_was_checked_is_one_sentence(workdir, save,
 
 def test_the_hash_of_a_step_is_known_when_it_is_gone(workdir, save):
     """An evaluation writes the hashes of its checkpoint at its end, when a run may have deleted the step long since."""
-    save(1)
     checkpoint = open_checkpoint(workdir)
     origin = identity.origin(workdir, checkpoint)
     wanted = origin.hashes()
