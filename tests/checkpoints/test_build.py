@@ -347,7 +347,7 @@ def test_stage_1_starts_from_it(parts, monkeypatch):
     from llavamed_jax.cli.train import main as train
     monkeypatch.chdir(ROOT)
     assert command(parts, "built", "mistral", "clip-tiny", "mlp2x_gelu", "--add_image_tokens") == 0
-    settings = dict(init=parts / "built", total_steps=2, max_length=64, batch_size=8, micro_batches=1, log_every=1, remat="none") | {
+    settings = dict(init=parts / "built", total_steps=2, max_length=64, batch_size=8, micro_batches=1, log_every=1, remat="none", samples_every=0) | {
         "data.train": SAMPLE / "alignment.json", "data.images": training_runs.images(), "data.workers": 0, "data.packing": False,
         "mesh.data": 1}
     assert train(["--config", "configs/pretrain.py", "--workdir", str(parts / "run"),
