@@ -66,6 +66,11 @@ def set_back(run: Path, target: Path, last: int, to: int) -> Path:
     return target
 
 
+@functools.cache
+def _scalar(value: float) -> jax.Array:
+    return jax.device_put(np.float32(value))
+
+
 class FakeStep:
     """In place of `make_train_step`: the state, of which the last is kept, stays as it is; `skipped(step)` says which updates were not
     finite."""
@@ -84,7 +89,7 @@ class FakeStep:
 
     def metrics(self, is_skipped):
         values = dict(loss=1.0, tokens=4.0, grad_norm=1.0, learning_rate=1e-3, moved=1.0, skipped=float(is_skipped))
-        return {name: jax.device_put(np.float32(value)) for name, value in values.items()}
+        return {name: _scalar(value) for name, value in values.items()}
 
 
 class SlowStep(FakeStep):
