@@ -31,9 +31,8 @@ def largest(a, b):
     return np.abs(np.asarray(a) - np.asarray(b)).max()
 
 
-@pytest.mark.parametrize("num_layers", [0, 1, 2, 3])
-@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
-def test_every_hidden_state_of_the_tower(num_layers, act, measured):
+@pytest.mark.parametrize("act, num_layers", [*(("quick_gelu", n) for n in range(4)), ("gelu", 3)])
+def test_every_hidden_state_of_the_tower(act, num_layers, measured):
     config = transformers.CLIPVisionConfig(**{**hf.VISION, "hidden_act": act})
     model = transformers.CLIPVisionModel(config).eval()
     hf.randomise(model, seed=num_layers)
@@ -121,7 +120,7 @@ def test_segments_of_a_row_do_not_see_each_other():
 
 
 def test_one_row_of_images_does_not_depend_on_another_row():
-    """A batch with a text-only row and rows of different image counts equals its rows alone."""
+    """A batch with a text-only row and rows of different image counts equals its rows alone, without ids and images in the others."""
     model, cfg = hf.llava(seed=4)
     params = hf.params_of(model)
     image = [-200] * 16
@@ -132,15 +131,16 @@ def test_one_row_of_images_does_not_depend_on_another_row():
     together = apply(llava.Llava(cfg), params, np.array(rows), pixels)
     pixels[is_empty] = 0
     for row in range(3):
-        alone = apply(llava.Llava(cfg), params, np.array([rows[row]]), pixels[row : row + 1])
-        assert largest(together[row], alone[0]) <= TOLERANCE
+        is_row = np.arange(3) == row
+        alone = apply(llava.Llava(cfg), params, rows * is_row[:, None], pixels * is_row[:, None, None, None, None].astype(np.float32))
+        assert largest(together[row], alone[row]) <= TOLERANCE
 
 
 def test_grouped_heads_equal_repeated_keys():
     q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((2, 6, 8, 16), (2, 2, 6, 16), (2, 2, 6, 16)))
     positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
     mask = AttentionMask(positions, positions)
-    grouped = attention(q, k, v, mask)
+    grouped = jax.jit(attention)(q, k, v, mask)
     expected = torch.nn.functional.scaled_dot_product_attention(
         torch.tensor(q).transpose(1, 2), torch.tensor(k).repeat_interleave(4, 1), torch.tensor(v).repeat_interleave(4, 1), is_causal=True)
     assert largest(grouped, expected.transpose(1, 2).numpy()) <= TOLERANCE
@@ -216,15 +216,17 @@ def test_layer_norm_far_from_zero():
 def test_scores_and_rope_are_float32_in_bfloat16():
     """Only inputs and outputs are rounded: float32 on the same rounded inputs gives the same."""
     q, k, v = (jnp.asarray(rng.standard_normal(s) * 3, jnp.bfloat16) for s in ((1, 64, 4, 32), (1, 4, 64, 32), (1, 4, 64, 32)))
-    wide = [x.astype(jnp.float32) for x in (q, k, v)]
-    weights = jax.nn.softmax(jnp.einsum("BTNH,BNSH->BNTS", *wide[:2]) * 32**-0.5, axis=-1)
-    expected = jnp.einsum("BNTS,BNSH->BTNH", weights.astype(jnp.bfloat16).astype(jnp.float32), wide[2])
+    wide = [np.asarray(x, np.float32) for x in (q, k, v)]
+    scores = np.einsum("BTNH,BNSH->BNTS", *wide[:2]) * np.float32(32**-0.5)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expected = np.einsum("BNTS,BNSH->BTNH", weights.astype(jnp.bfloat16).astype(np.float32), wide[2])
     # One rounding of the output; scores of about 50 rounded to bfloat16 would be off by a tenth and more.
     assert (np.abs(np.asarray(attention(q, k, v), np.float32) - expected) <= 2.0**-7 * np.abs(expected) + 1e-3).all()
     tables = layers.rope_tables(jnp.arange(64)[None] + 2000, 32, 1e4)
     rotated = layers.apply_rope(q, tables)
     assert tables[0].dtype == jnp.float32 and rotated.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(rotated, layers.apply_rope(wide[0], tables).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(rotated, layers.apply_rope(jnp.asarray(wide[0]), tables).astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -236,25 +238,6 @@ def test_the_head_keeps_float32_logits(tied):
     kernel = decoder["embed_tokens"]["embedding"].T if tied else decoder["lm_head"]["kernel"]
     expected = hidden.astype(jnp.float32) @ jnp.asarray(kernel, jnp.bfloat16).astype(jnp.float32)
     assert got.dtype == jnp.float32 and largest(got, expected) <= 1e-5 * np.abs(expected).max()
-
-
-@pytest.fixture(scope="module")
-def unrolled_gradient():
-    """Loss over one row with an image, and its gradient through unrolled layers, stacked for the comparison."""
-    model, cfg = hf.llava(seed=9)
-    params = hf.params_of(model)
-    ids = np.array([[1] + [-200] * 16 + rng.integers(3, 90, 6).tolist()])
-    pixels = hf.images(1)[None]
-    loss = lambda net: lambda p: jnp.sin(net.apply({"params": p}, ids, pixels)).sum()
-    expected = jax.jit(jax.grad(loss(llava.Llava(cfg))))(params)
-    return cfg, stack(params), loss, stack(jax.tree.map(np.asarray, expected))
-
-
-@pytest.mark.parametrize("remat", ["full", "minimal"])  # the others lie between: test_remat.py says what each keeps
-def test_scanned_and_rematerialised_gradients_equal_unrolled_ones(unrolled_gradient, remat):
-    cfg, params, loss, expected = unrolled_gradient
-    got = jax.jit(jax.grad(loss(llava.Llava(cfg, scan=True, remat=remat))))(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1, np.abs(b).max())), got, expected)
 
 
 def test_stack_puts_layers_in_their_order():
