@@ -182,8 +182,8 @@ def train_here(before: dict[str, np.ndarray], cfg: LlavaConfig, recipe: ConfigDi
     for update in range(UPDATES):
         state, metrics = step(state, placed[update % len(batches)])
         losses.append(metrics["loss"])
-    after = unstack({**state.trainable, **state.frozen})
-    return Training(np.array(jax.device_get(losses)), before, jax.device_get(after))
+    after = unstack(jax.device_get({**state.trainable, **state.frozen}))
+    return Training(np.array(jax.device_get(losses)), before, after)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import math
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -77,12 +76,3 @@ def test_fifty_updates_are_pefts(trained, measured):
             np.testing.assert_array_equal(ours.after[name], before[name], err_msg=name)
             assert is_derived(name) or np.array_equal(after[name], before[name])
     measured(float(np.abs(ours.losses / losses - 1).max()), 0, yardstick.LOSS_TOLERANCE)
-
-
-def test_another_scale_fails(trained):
-    """The check above sees the scale of plain LoRA, which is half of rsLoRA's here."""
-    root, recipe, batches, losses = trained
-    cfg, before = params_of(root, "before")
-    wrong = {name: jnp.float32(0.5) * x if name.endswith("lora_scale") else x for name, x in before.items()}
-    ours = yardstick.train_here(wrong, cfg, recipe, TRAINABLE, batches)
-    assert np.abs(ours.losses / losses - 1).max() > 100 * yardstick.LOSS_TOLERANCE
