@@ -26,7 +26,7 @@ B, N, K, H = 2, 4, 2, 8
 
 def draw(T, seed=0):
     rng = np.random.default_rng(seed)
-    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((B, T, N, H), (B, K, T, H), (B, K, T, H))]
+    return [rng.standard_normal(shape, np.float32) for shape in ((B, T, N, H), (B, K, T, H), (B, K, T, H))]
 
 
 def layout(T):
@@ -39,7 +39,7 @@ def layout(T):
             positions[row, start:start + n], segments[row, start:start + n] = np.arange(n), i + 1
             start += n
         positions[row, start:] = np.arange(T - start)
-    return jnp.asarray(positions), jnp.asarray(segments)
+    return positions, segments
 
 
 def written_out(q, k, v, positions, segments, window):
@@ -64,32 +64,32 @@ def written_out(q, k, v, positions, segments, window):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_backends_are_the_softmax_written_out(backend, T, is_packed, window):
     q, k, v = draw(T)
-    positions, segments = layout(T) if is_packed else (jnp.tile(jnp.arange(T), (B, 1)), None)
+    positions, segments = layout(T) if is_packed else (np.tile(np.arange(T, dtype=np.int32), (B, 1)), None)
     mask = AttentionMask(positions, positions, segments, segments, window)
     found = jax.jit(attention, static_argnames="backend")(q, k, v, mask, backend=backend)
     np.testing.assert_allclose(found, written_out(q, k, v, positions, segments, window), rtol=0, atol=2e-6)
+
+
+@functools.cache
+def gradients(backend):
+    T = 140
+    positions, segments = layout(T)
+    mask, weigh = AttentionMask(positions, positions, segments, segments, 50), draw(T, seed=1)[0] * (segments != 0)[..., None, None]
+    return jax.jit(jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, mask, backend) * weigh), (0, 1, 2)))(*draw(T))
 
 
 @pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), "data=2,fsdp=1,tp=2"])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_kernels_have_the_gradients_of_xla(backend, mesh):
     """With blocks that lie across the borders of samples, queries that share keys, a window, and on a mesh that cuts rows and heads."""
-    T = 140
-    positions, segments = layout(T)
-    mask, args = AttentionMask(positions, positions, segments, segments, 50), draw(T)
-    weigh = draw(T, seed=1)[0] * (segments != 0)[..., None, None]
-
-    def gradients(backend):
-        return jax.jit(jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, mask, backend) * weigh), (0, 1, 2)))(*args)
-
     wanted = gradients("xla")
     if mesh is None:
         found = gradients(backend)
     else:
         with jax.set_mesh(make_mesh(mesh, jax.devices()[:4])):
-            found = gradients(backend)
+            found = gradients.__wrapped__(backend)
     for a, b in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
 @pytest.mark.parametrize("choice, platform, backend", [("auto", "cpu", "xla"), ("auto", "gpu", "flash"), ("auto", "tpu", "splash"),
@@ -170,22 +170,26 @@ def params():
     def one(path, x):
         value = rng.standard_normal(x.shape)
         if any(part.key in ("q_proj", "k_proj") for part in path):  # splash keeps scores' log-sum-exp, which rounds with their size
-            return jnp.asarray(0.2 * value, jnp.float32)
-        return jnp.asarray(1 + 0.3 * value if path[-1].key == "scale" else 0.4 * value, jnp.float32)
+            return np.float32(0.2 * value)
+        return np.float32(1 + 0.3 * value if path[-1].key == "scale" else 0.4 * value)
 
     return jax.tree_util.tree_map_with_path(one, abstract_params(CFG, scan=True))
 
 
 @functools.cache
 def program(backend, window):
+    """(params, batch) -> loss and the gradients of decoder and projector, through which an image reaches the tower."""
     cfg = CFG.replace(decoder=dataclasses.replace(CFG.decoder, sliding_window=window))
-    return jax.jit(jax.value_and_grad(llava_loss(Llava(cfg, scan=True, remat="qkvo", attention=backend)), has_aux=True))
+    loss = llava_loss(Llava(cfg, scan=True, remat="qkvo", attention=backend))
+    run = jax.jit(jax.value_and_grad(lambda trained, rest, batch: loss({**trained, **rest}, batch), has_aux=True))
+    split = lambda params, is_tower: {part: x for part, x in params.items() if (part == "vision_tower") == is_tower}
+    return lambda params, batch: run(split(params, False), split(params, True), batch)
 
 
 @pytest.mark.parametrize("backend, window", [("xla", 6), ("splash_interpreted", 6), ("flash_interpreted", 6), *(
     pytest.param(backend, None, marks=pytest.mark.slow) for backend in ("xla", "splash_interpreted"))])
 def test_packed_is_apart(params, backend, window):
-    """Several samples with images in a row teach what they teach alone: the sums of losses, and every parameter's gradient.
+    """Several samples with images in a row teach what they teach alone: the sums of losses, and the gradients.
 
     Positions restart with each sample, images are taken in order, the window counts within a sample, queries share keys.
     """
@@ -195,13 +199,13 @@ def test_packed_is_apart(params, backend, window):
     for row in PACKED:
         rows.append(together(singles[start:start + len(row)]))
         start += len(row)
-    packed, whole = program(backend, window)(params, batch(rows)), program("xla", window)(params, apart)
+    packed, whole = jax.device_get((program(backend, window)(params, batch(rows)), program("xla", window)(params, apart)))
     assert float(packed[0][1]) == float(whole[0][1]) == sum(int((labels[1:] != IGNORE).sum()) for _, labels, _ in singles)
     np.testing.assert_allclose(packed[0][0], whole[0][0], rtol=1e-6)
     found, wanted = (flatten_dict(x[1], sep="/") for x in (packed, whole))
     for name in wanted:
         # The bias of keys has no influence on a softmax: its gradient is the rounding of what the queries' has the size of.
-        size = float(jnp.abs(wanted[name.replace("k_proj/bias", "q_proj/bias")]).max())
+        size = np.abs(wanted[name.replace("k_proj/bias", "q_proj/bias")]).max()
         assert size > 0
         np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=5e-6 * size, err_msg=name)
 

@@ -19,7 +19,7 @@ S, K, H = 128, 2, 16
 
 
 def drawn(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
 def both(T, N, starts, window=None, spoil=None, dtype=jnp.float32, backends=("xla", "flash_interpreted")):
@@ -27,17 +27,17 @@ def both(T, N, starts, window=None, spoil=None, dtype=jnp.float32, backends=("xl
     B, starts = len(starts), np.asarray(starts)
     q, k, v = (drawn(i, B, T, heads, H).astype(dtype) for i, heads in enumerate((N, K, K)))
     cache = LayerCache(drawn(3, B, K, S, H).astype(dtype), drawn(4, B, K, S, H).astype(dtype))
-    positions = jnp.asarray(starts[:, None] + np.arange(T), jnp.int32)
-    rope = rope_tables(positions, H, 1e4)
-    mask = AttentionMask(positions, jnp.broadcast_to(jnp.arange(S), (B, S)), window=window)
+    positions = np.int32(starts[:, None] + np.arange(T))
+    rope = jax.jit(rope_tables, static_argnums=(1, 2))(positions, H, 1e4)
+    mask = AttentionMask(positions, np.tile(np.arange(S, dtype=np.int32), (B, 1)), window=window)
     run, spoiled = jax.jit(attend, static_argnames="backend"), cache
     if spoil is not None:
-        stale = jnp.asarray(np.arange(S) >= (starts + T)[:, None])[:, None, :, None]
-        spoiled = jax.tree.map(lambda x: jnp.where(stale, spoil, x), cache)
+        stale = (np.arange(S) >= (starts + T)[:, None])[:, None, :, None]
+        spoiled = jax.tree.map(lambda x: np.where(stale, np.float32(spoil), x), cache)
     return [run(q, k, v, rope, mask, cache if backend == "xla" else spoiled, backend=backend) for backend in backends]
 
 
-@pytest.mark.parametrize("T, N, window", [(1, 2, None), (1, 8, 20), (1, 6, 1), (3, 6, 1), (40, 2, None), (40, 8, 20)])
+@pytest.mark.parametrize("T, N, window", [(1, 2, None), (1, 8, 20), (3, 6, 1), (40, 8, 20)])
 def test_it_equals_xlas(T, N, window):
     """With one, three and four queries a key, at the ends of the cache and of tiles, within windows; T > 1 is another kernel."""
     (wanted, held), (found, ours) = both(T, N, [0, 63, 64, S - T], window)
@@ -61,7 +61,7 @@ def test_a_position_behind_the_cache_is_its_last_as_of_a_free_row_in_a_shorter_c
 def test_bfloat16_is_as_near_as_its_digits():
     (wanted, held), (found, ours) = both(1, 6, [0, 63, 64, 100], dtype=jnp.bfloat16)
     assert found.dtype == jnp.bfloat16
-    np.testing.assert_allclose(found.astype(np.float32), wanted.astype(np.float32), rtol=0, atol=0.03)
+    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), rtol=0, atol=0.03)
     np.testing.assert_array_equal(ours.v, held.v)
 
 

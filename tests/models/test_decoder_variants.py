@@ -135,7 +135,7 @@ def test_round_trips_to_the_bit(variant, layout, tmp_path):
         assert_same_bits(all_tensors(found), all_tensors(checkpoint))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["biased attention", "linear", "everything"])
 def test_exports_give_our_logits_in_transformers(variant, tmp_path):
     torch = pytest.importorskip("torch", reason="torch's CPU build is not installed")
     transformers = pytest.importorskip("transformers")

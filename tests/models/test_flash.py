@@ -3,6 +3,7 @@
 B batch, T positions, N query heads, K key/value heads, H head width.
 """
 
+import functools
 import re
 
 import jax
@@ -55,36 +56,43 @@ def test_tiles_are_of_a_size_that_matrix_units_take(T, padded):
 
 
 def blocks(T, *borders):
-    return jnp.asarray(np.searchsorted(borders, np.arange(T), side="right")[None].repeat(2, 0) + 1)
+    return np.int32(np.searchsorted(borders, np.arange(T), side="right")[None].repeat(2, 0) + 1)
+
+
+def spoiled(x, axis, where):
+    x = np.moveaxis(np.array(x), axis, 0)
+    x[where] = NAN
+    return np.moveaxis(x, 0, axis)
+
+
+@functools.partial(jax.jit, static_argnames="window")
+def flash_and_gradients(q, k, v, weigh, segments, window):
+    out, pull = jax.vjp(lambda q, k, v: flash(q, k, v, segments, window), q, k, v)
+    return out, *pull(weigh)
 
 
 @pytest.mark.parametrize("segments, window, near, far", [
     (blocks(256, 128), None, slice(128, 256), slice(0, 128)),  # samples that fill tiles
-    (None, None, slice(0, 128), slice(128, 256)),  # a query and what comes later
-    (None, 65, slice(128, 256), slice(0, 64)),  # what the window leaves behind: 128 sees 64 and on
+    (blocks(256), None, slice(0, 128), slice(128, 256)),  # a query and what comes later
+    (blocks(256), 65, slice(128, 256), slice(0, 64)),  # what the window leaves behind: 128 sees 64 and on
 ])
 def test_tiles_that_nobody_sees_are_not_read(segments, window, near, far):
     """What is far is no number there: one that was read would spoil what its weight of nought leaves out."""
     q, k, v = draw(256)
     weigh = draw(256, seed=1)[0]
-
-    @jax.jit
-    def run(k, v, weigh):
-        out, pull = jax.vjp(lambda q, k, v: flash(q, k, v, segments, window), q, k, v)
-        return out, *pull(weigh)
-
-    out, by_q, by_k, by_v = run(k, v, weigh)
-    bad_out, bad_by_q, *_ = run(k.at[:, :, far].set(NAN), v.at[:, :, far].set(NAN), weigh)
-    assert np.array_equal(bad_out[:, near], out[:, near]) and np.array_equal(bad_by_q[:, near], by_q[:, near])
-    *_, bad_by_k, bad_by_v = run(k, v, weigh.at[:, near].set(NAN))
-    assert np.array_equal(bad_by_k[:, :, far], by_k[:, :, far]) and np.array_equal(bad_by_v[:, :, far], by_v[:, :, far])
+    run = lambda k, v, weigh: flash_and_gradients(q, k, v, weigh, segments, window)
+    out, by_q, by_k, by_v = map(np.asarray, run(k, v, weigh))
+    bad_out, bad_by_q, *_ = run(spoiled(k, 2, far), spoiled(v, 2, far), weigh)
+    assert np.array_equal(np.asarray(bad_out)[:, near], out[:, near]) and np.array_equal(np.asarray(bad_by_q)[:, near], by_q[:, near])
+    *_, bad_by_k, bad_by_v = run(k, v, spoiled(weigh, 1, near))
+    assert np.array_equal(np.asarray(bad_by_k)[:, :, far], by_k[:, :, far]) and np.array_equal(np.asarray(bad_by_v)[:, :, far], by_v[:, :, far])
 
 
 def test_scores_that_are_not_seen_may_be_as_large_as_they_like():
     """Of a later key, and of another sample's: the largest score is taken of what is seen, else all weights are nought."""
     q, k, v = draw(64)
     segments = blocks(64, 20)
-    k = k.at[:, :, 10].multiply(1e4).at[:, :, 50].multiply(1e4)
+    k[:, :, [10, 50]] *= 1e4
     found = jax.jit(flash)(q, k, v, segments)
     np.testing.assert_allclose(found, written_out(q, k, v, None, np.asarray(segments), None), rtol=0, atol=1e-5)
 
@@ -93,7 +101,7 @@ def test_bfloat16_is_summed_in_float32():
     """Outputs and gradients are off by less than the rounding of a number, over 256 keys; sums in bfloat16 by more."""
     q, k, v = (x.astype(jnp.bfloat16) for x in draw(256))
     weigh = draw(256, seed=1)[0].astype(jnp.bfloat16)
-    whole = [x.astype(jnp.float32) for x in (q, k, v)]
+    whole = [x.astype(np.float32) for x in (q, k, v)]
 
     def both(q, k, v):
         out, pull = jax.vjp(flash, q, k, v)
@@ -106,7 +114,7 @@ def test_bfloat16_is_summed_in_float32():
 
 # ---- every query and every key, as in a tower
 
-@pytest.mark.parametrize("T", [1, 16, 130])
+@pytest.mark.parametrize("T", [16, 130])
 def test_every_query_attends_to_every_key(T):
     """And padding to neither: output and gradients are XLA's, with a row that ends inside a tile or fills it."""
     def run(attention):
@@ -117,7 +125,7 @@ def test_every_query_attends_to_every_key(T):
     ours, wanted = run(lambda *x: whole_attention(*x, interpret=True)), run(lambda *x: xla_attention(*x, None))
     for a, b in zip(ours, wanted, strict=True):
         assert a.shape == b.shape
-        np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-6 * np.abs(b).max())
 
 
 def test_every_query_and_every_key_on_a_mesh():

@@ -123,6 +123,7 @@ def test_decoding_with_the_cache_is_transformers(built):
     assert len(wanted) == 10 and found == [wanted[:next(i for i, token in enumerate(wanted) if token in ids) + 1]]
 
 
+@pytest.mark.parametrize("built", ["qwen2.5", "qwen3", "olmo2"], indirect=True)  # LLaMA's: test_decoder_variants.py
 def test_every_leaf_has_one_place_on_a_mesh(built):
     shardings = param_shardings(llava.abstract_params(built.config, scan=True), llava.param_axes(built.config), make_mesh("data=2,fsdp=2,tp=2"))
     attention = shardings["decoder"]["layers"]["self_attn"]

@@ -29,6 +29,8 @@ CONFIGS = {f"{tower.model_type}, {decoder}": LlavaConfig(
 IDS = jnp.arange(12).reshape(2, 6) % 64
 PIXELS = jnp.linspace(-1, 1, 2 * 8 * 8 * 3).reshape(2, 1, 8, 8, 3)
 INPUTS = (IDS.at[:, 1:5].set(-200), PIXELS)
+# All kinds run their layers through the same stack: one of them scanned.
+EVERY_KIND = pytest.mark.parametrize("kind, scan", [*((kind, False) for kind in CONFIGS), (next(iter(CONFIGS)), True)])
 # Every projection has one name in its layer; each is one kernel when scanned, and one a layer when unrolled.
 DECODER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOWER = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -64,8 +66,7 @@ def test_the_list_is_complete(kind):
         assert {path[:-1] for path in plain(kind, scan) if path[-1] == "kernel"} == expected(scan)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@EVERY_KIND
 def test_lora_reaches_every_kernel(kind, scan):
     plain(kind, scan)
     adapted = qwix.apply_lora_to_model(Llava(CONFIGS[kind], scan=scan), qwix.LoraProvider(module_path=".*", rank=2, alpha=2.0))
@@ -74,8 +75,7 @@ def test_lora_reaches_every_kernel(kind, scan):
         assert {path[:-1] for path in flat if path[-1] == leaf} == expected(scan)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@EVERY_KIND
 def test_int8_reaches_every_kernel(kind, scan):
     plain(kind, scan)
     rule = qwix.QuantizationRule(module_path=".*", weight_qtype=jnp.int8)

@@ -1,4 +1,4 @@
-"""Rematerialisation by name: what each policy keeps of a layer. (test_modules.py: none of them changes a gradient.)
+"""Rematerialisation by name: what each policy keeps of a layer. (test_tower_kinds.py, test_attention.py and test_lora.py compare gradients.)
 
 L layers, B batch, T positions, N query heads, K key/value heads, H head width, D model width, F feed-forward width.
 """
@@ -28,11 +28,11 @@ INPUT, QKVO = Counter({D: 1}), Counter({N * H: 2, K * H: 2})  # query and contex
 @pytest.fixture(scope="module")
 def args():
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((B, T, D)), jnp.float32)
-    segments = jnp.asarray(np.repeat([[1] * 5 + [2] * 6 + [0]], B, 0))
-    positions = jnp.asarray(np.repeat([[*range(5), *range(6), 0]], B, 0))
+    x = rng.standard_normal((B, T, D), np.float32)
+    segments = np.repeat([[1] * 5 + [2] * 6 + [0]], B, 0)
+    positions = np.repeat([[*range(5), *range(6), 0]], B, 0)
     shapes = jax.eval_shape(Decoder(CFG, scan=True).init, jax.random.key(0), x, positions)["params"]
-    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape) * 0.2, jnp.float32), shapes), x, positions, segments
+    return jax.tree.map(lambda s: np.float32(rng.standard_normal(s.shape) * 0.2), shapes), x, positions, segments
 
 
 def loss(remat, backend, params, x, positions, segments):
@@ -40,11 +40,16 @@ def loss(remat, backend, params, x, positions, segments):
     return jnp.sum(jnp.sin(out))
 
 
-def kept(args, remat, backend="xla"):
+_KEPT = {}
+
+
+def kept(args, remat):
     """Shapes of what the backward pass is handed of each layer: the arrays with a leading L that are no parameters."""
-    pullback = jax.eval_shape(lambda params: jax.vjp(functools.partial(loss, remat, backend), params, *args[1:])[1], args[0])
-    parameters = {x.shape for x in jax.tree.leaves(args[0])}
-    return [x.shape for x in jax.tree.leaves(pullback) if x.shape[:1] == (L,) and x.shape not in parameters]
+    if remat not in _KEPT:
+        pullback = jax.eval_shape(lambda params: jax.vjp(functools.partial(loss, remat, "xla"), params, *args[1:])[1], args[0])
+        parameters = {x.shape for x in jax.tree.leaves(args[0])}
+        _KEPT[remat] = [x.shape for x in jax.tree.leaves(pullback) if x.shape[:1] == (L,) and x.shape not in parameters]
+    return _KEPT[remat]
 
 
 def widths(shapes):
@@ -139,4 +144,4 @@ def test_on_a_mesh_gradients_are_those_of_one_device(args, remat):
     single = run(*args)
     with jax.set_mesh(make_mesh("data=2,fsdp=2,tp=2")):
         sharded = jax.jit(jax.grad(functools.partial(loss, remat, "xla"), (0, 1)))(*args)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * float(jnp.abs(b).max())), sharded, single)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max()), *jax.device_get((sharded, single)))

@@ -19,8 +19,8 @@ from llavamed_jax.models.towers.pixels import normalize
 from llavamed_jax.processor import Processor
 from tests.support import tiny
 
-CONFIG = llava_from_hf({"model_type": "llava", "text_config": tiny.MISTRAL, "vision_config": tiny.CLIP,
-                              "vision_feature_layer": -2})
+CONFIG = llava_from_hf({"model_type": "llava", "text_config": {**tiny.MISTRAL, "num_hidden_layers": 1},
+                        "vision_config": {**tiny.CLIP, "num_hidden_layers": 2}, "vision_feature_layer": -2})
 STATISTICS = [(load.CLIP_MEAN, load.CLIP_STD), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.1, 0.6, 0.9), (0.2, 0.3, 0.25))]
 
 

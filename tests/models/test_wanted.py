@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.measure import random_params
+from llavamed_jax.checkpoints.load import load_params
+from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.config.decoders.olmo import Olmo2Config
 from llavamed_jax.config.decoders.qwen import Qwen3Config
@@ -27,8 +28,9 @@ LAST, START = np.array([7, 0, 4]), np.array([0, 5, 8])
 @functools.cache
 def inputs(decoder):
     """Parameters, embeddings [B,T,D], and caches that hold prefixes."""
-    params, rng = random_params(LlavaConfig(VISION, decoder), seed=2), np.random.default_rng(0)
-    caches = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), init_cache(decoder, B, 64, np.float32))
+    params, rng = load_params(random_checkpoint(LlavaConfig(VISION, decoder), 2)), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_cache(decoder, B, 64, np.float32))
+    caches = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), shapes)
     return params, rng.standard_normal((B, T, decoder.hidden_size)).astype(np.float32), caches
 
 
@@ -41,11 +43,11 @@ def step(decoder, backend="xla"):
 
 @pytest.mark.parametrize("decoder, backend", [
     (PLAIN, "xla"), (dataclasses.replace(PLAIN, num_layers=1, sliding_window=6), "flash_interpreted"),
-    (Qwen3Config(**{**SHAPES, "num_layers": 1}), "xla"), (Olmo2Config(**SHAPES), "xla")], ids=["llama", "one layer, a window", "qwen3", "olmo2"])
+    (Qwen3Config(**{**SHAPES, "num_layers": 1}), "xla"), (Olmo2Config(**{**SHAPES, "num_layers": 1}), "xla")], ids=["llama", "one layer, a window", "qwen3", "olmo2"])
 def test_one_wanted_position_is_what_all_positions_have_there(decoder, backend):
     run = step(decoder, backend)
     both = jax.jit(lambda params, x, caches, wanted: (run(params, x, caches, None), run(params, x, caches, wanted)))
-    (everything, caches), (wanted, kept) = both(*inputs(decoder), LAST)
+    (everything, caches), (wanted, kept) = jax.device_get(both(*inputs(decoder), LAST))
     assert wanted.shape == (B, 1, decoder.hidden_size)
     np.testing.assert_allclose(wanted[:, 0], everything[np.arange(B), LAST], atol=2e-6)
     jax.tree.map(np.testing.assert_array_equal, kept, caches)  # keys and values are those of all positions
