@@ -232,7 +232,7 @@ def test_scale_and_rate_are_not_rounded_to_bfloat16():
 
 
 def test_rematerialised_layers_draw_the_same_dropout():
-    """The backward pass of a layer that is computed again has the mask of the forward pass; each layer has its own."""
+    """The backward pass of a layer that is computed again has the mask of the forward pass."""
     trained, frozen = dropout_params()
     losses, grads = zip(*(dropout_gradients(remat)(trained, frozen, {**texts(), DROPOUT: jax.random.key(5)}) for remat in ("none", "full")))
     for name in trained:
