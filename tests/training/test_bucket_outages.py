@@ -27,7 +27,7 @@ LONG_S = 60.0  # no test waits for so long, unless it fails
 @pytest.fixture
 def hurried(monkeypatch):
     """Locks are renewed and logs are copied many times a second; a lock is stale much later, whatever else the machine does."""
-    for module, name, seconds in ((bucket_lock, "RENEWED_S", 0.05), (bucket_lock, "STALE_S", 20.0), (bucket_lock, "_POLL_S", 0.02), (bucket_workdir, "LOGS_S", 0.05)):
+    for module, name, seconds in ((bucket_lock, "RENEWED_S", 0.05), (bucket_lock, "STALE_S", 20.0), (bucket_lock, "_POLL_S", 0.02), (bucket_workdir, "LOGS_S", 0.02)):
         monkeypatch.setattr(module, name, seconds)
     yield
     signals.forget()
@@ -279,7 +279,7 @@ def test_logs_follow_between_steps_but_not_before_they_are_here(url, hurried, co
 
     def slow(self, *words):
         download(self, *words)
-        time.sleep(0.15)  # the thread would have warned
+        time.sleep(0.08)  # the thread would have warned
     monkeypatch.setattr(Bucket, "download", slow)
 
     def act(directory, bucket):

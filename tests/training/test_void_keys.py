@@ -80,7 +80,8 @@ def test_epochs_of_a_recipe_of_steps_are_trained(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(trainer, "make_train_step", FakeStep())
     start, data = runs.write_start(tmp_path / "start"), runs.write_data(tmp_path)
     words = ["--config", f"{CONFIGS}/demo.py:vqa", "--workdir", str(tmp_path / "run"), f"--config.init={start}", "--config.epochs=2",
-             f"--config.data.train={data / 'train.json'}", "--config.batch_size=4", "--config.max_length=40"]
+             f"--config.data.train={data / 'train.json'}", f"--config.data.images={runs.images()}", "--config.batch_size=4", "--config.max_length=40",
+             "--config.trainable=[\"projector/.*\"]"]
     assert train(words) == 0
     assert "12 samples, 6 updates of 4" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["resolved"]["total_steps"] == 6
@@ -134,7 +135,7 @@ def test_what_is_used_is_not_called_void(tmp_path):
 def test_a_run_prints_what_it_does_not_use(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(program, "make_mesh", lambda spec, *_: make_mesh(spec, jax.devices()[:1]))
     monkeypatch.setattr(trainer, "make_train_step", FakeStep())
-    cfg = runs.shrunk(runs.write_start(tmp_path / "start"), runs.write_data(tmp_path), epochs=3, total_steps=2, **{"data.row_length": 64})
+    cfg = runs.shrunk(runs.write_start(tmp_path / "start"), runs.write_data(tmp_path), epochs=3, total_steps=1, **{"data.row_length": 64})
     cfg.optimizer.overrides = ((".*", 1e-4),)
     assert fit(cfg, tmp_path / "run")
     out = capsys.readouterr().out
