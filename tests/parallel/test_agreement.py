@@ -312,7 +312,7 @@ def test_what_each_process_chooses_by_its_memory_is_compared(cfg, tmp_path, monk
 # ---- two processes
 
 def command(tmp_path, **changes):
-    keys = {"init": tmp_path / "start", "data.train": "train.json", "data.images": SAMPLE / "images", "batch_size": 4, "total_steps": 2,
+    keys = {"init": tmp_path / "start", "data.train": "train.json", "data.images": runs.images(), "batch_size": 4, "total_steps": 2,
             "max_length": 40, "mesh.data": 2, "mesh.fsdp": 1, "checkpoint.every_steps": 0, **changes}
     return ["--config", f"{ROOT}/configs/demo.py:vqa", *(f"--config.{key}={value}" for key, value in keys.items() if value is not None)]
 

@@ -18,12 +18,12 @@ from llavamed_jax.training.progress import Progress
 from tests.support.training_runs import ROOT
 
 # Of few shapes: for each, and for each of its parts on the eight devices, a save compiles a program.
-CFG = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8), DecoderConfig(32, 32, 32, 3, 4, 4, 8, 1e-5, 1e4, 128, architecture="mistral"))
+CFG = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8), DecoderConfig(32, 32, 32, 2, 4, 4, 8, 1e-5, 1e4, 128, architecture="mistral"))
 META = {"data": {"position": 7}, "progress": vars(Progress(updates_skipped=1)), "seed": 0}
 
 
 def program_on(spec: str, number: int, checkpoint) -> Program:
-    recipe = load_config(f"{ROOT}/configs/finetune.py:small", ["optimizer.mu_dtype=bfloat16"])
+    recipe = load_config(f"{ROOT}/configs/finetune.py:small", ["optimizer.mu_dtype=bfloat16", 'trainable=["projector/.*","decoder/(norm|lm_head|layers/mlp)/.*"]'])
     return Program.build(recipe, checkpoint, make_mesh(spec, jax.devices()[:number]), 8)
 
 
