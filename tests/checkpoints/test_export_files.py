@@ -4,11 +4,8 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 import weakref
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -23,12 +20,13 @@ from llavamed_jax.checkpoints.tensor import Tensor
 from llavamed_jax.checkpoints.torch import write
 from llavamed_jax.checkpoints.torch.write import write_safetensors
 from llavamed_jax.checkpoints.tree.model import write_model
+from llavamed_jax.cli import convert_program
+from llavamed_jax.cli.convert import main
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError
 from llavamed_jax.utils import directories
-from tests.support import xla
+from tests.support import forks
 
-ROOT = Path(__file__).resolve().parents[2]
 CFG = LlavaConfig(VisionConfig(32, 64, 3, 4, 28, 14), DecoderConfig(70, 48, 96, 2, 4, 2, 12, 1e-5, 1e4, 512, architecture="mistral"))
 
 # --- streams -------------------------------------------------------------------------------------------------------------------------
@@ -78,22 +76,6 @@ def test_few_tensors_are_in_memory_at_once(tmp_path, monkeypatch):
 
 # --- interruptions -------------------------------------------------------------------------------------------------------------------
 
-SLOW = """
-import sys, time
-from llavamed_jax.checkpoints.open import open_checkpoint
-from llavamed_jax.checkpoints.torch import write
-from llavamed_jax.cli import convert, convert_program
-def slowly(names):
-    print("begun", flush=True)
-    for name in names:
-        time.sleep(0.02)
-        yield name
-convert_program.progress.over = slowly
-write.SHARD_BYTES = 40_000
-sys.exit(convert.main(sys.argv[1:]))
-"""
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("source") / "original"
@@ -102,22 +84,34 @@ def source(tmp_path_factory):
 
 
 def begin(source, out, command):
-    argv = {"import": ["import"], "transformers": ["export", "--layout", "transformers"]}[command]
-    process = subprocess.Popen([sys.executable, "-c", SLOW, *argv, "--checkpoint", str(source), "--out", str(out)], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "XLA_FLAGS": xla.flags()})
-    while "begun" not in (line := process.stdout.readline()):
-        assert line, process.stderr.read()
-    return process
+    """A conversion that takes a second, in a process of its own, when it has begun."""
+    reader, writer = os.pipe()
+
+    def slowly(names):
+        os.write(writer, b".")
+        for name in names:
+            time.sleep(0.01)
+            yield name
+
+    def run():
+        convert_program.progress.over, write.SHARD_BYTES = slowly, 40_000
+        words = ["import"] if command == "import" else ["export", "--layout", command]
+        return main([*words, "--checkpoint", str(source), "--out", str(out)])
+    begun = forks.Command(run)
+    os.close(writer)
+    assert os.read(reader, 1) == b"."
+    os.close(reader)
+    return begun
 
 
 @pytest.mark.parametrize("command", ["import", "transformers"])
 def test_a_killed_conversion_leaves_nothing_that_looks_whole(command, source, tmp_path):
     rng, out = random.Random(command), tmp_path / "out"
     for _ in range(2 if command == "transformers" else 1):
-        process = begin(source, out, command)
-        time.sleep(rng.uniform(0, 0.6))
+        process = begin(source, out, command).process
+        time.sleep(rng.uniform(0, 0.3))
         process.kill()
-        process.communicate()
+        process.join()
         assert not out.exists()
         (left,) = tmp_path.iterdir()  # hidden, and of a name that says what it is
         assert left.name.startswith(".out.") and left.name.endswith(".partial")
@@ -135,11 +129,11 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(command, source, tm
 
 
 def test_an_interrupted_conversion_cleans_up(source, tmp_path):
-    process = begin(source, tmp_path / "out", "transformers")
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=30)
-    assert (process.returncode, error.strip()) == (1, "error: interrupted before anything was written")
+    command = begin(source, tmp_path / "out", "transformers")
+    time.sleep(0.1)
+    os.kill(command.process.pid, signal.SIGINT)
+    status, error = command.finish()
+    assert (status, error.strip()) == (1, "error: interrupted before anything was written")
     assert not list(tmp_path.iterdir())
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-from benchmarks.measure import random_params
 from llavamed_jax.cli import compilation_cache
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.generation.engine import Engine
 from llavamed_jax.generation.requests import Request
 from llavamed_jax.utils import paths
+from tests.support.random_params import random_params
 
 CFG = LlavaConfig(VisionConfig(16, 32, 2, 2, 16, 8), DecoderConfig(40, 16, 24, 1, 2, 1, 8, 1e-5, 1e4, 128))
 KEYS = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -52,11 +52,9 @@ def counted():
 
 
 def answers(params):
-    """What a new engine, which has compiled nothing, says to three prompts, two of them about one image."""
-    image = np.full((16, 16, 3), 200, np.uint8)
-    shown = [1] + [-200] * CFG.tokens_per_image
-    prompts = ([1, 5, 7], []), (shown + [8], [image]), (shown + [9, 4], [image])
-    return Engine(CFG, params, batch_size=4, steps=4).generate([Request(ids, pixels, 9) for ids, pixels in prompts])
+    """What a new engine, which has compiled nothing, says to a prompt about an image."""
+    request = Request([1] + [-200] * CFG.tokens_per_image + [8], [np.full((16, 16, 3), 200, np.uint8)], 9)
+    return Engine(CFG, params, batch_size=4, steps=4).generate([request])
 
 
 def test_a_second_start_compiles_nothing_of_the_engine(cache, monkeypatch):

@@ -1,8 +1,6 @@
 """`--preflight` when something goes wrong: rows that were found are shown, files are kept, no process is left, one sentence is said."""
 
-import io
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -22,7 +20,7 @@ from llavamed_jax.preflight import compile, report, search
 from llavamed_jax.preflight.programs import Training, shapes_of
 from llavamed_jax.preflight.topologies import Topology
 from llavamed_jax.utils import signals
-from tests.support import preflight_jobs
+from tests.support import forks, preflight_jobs
 from tests.support.preflight_jobs import GIB
 from tests.support.words import instead
 
@@ -106,32 +104,15 @@ def test_an_interrupt_shows_what_was_found_and_stops_the_rest(capsys, monkeypatc
     assert "h100-1    fits" in capsys.readouterr().out and "h100-4" not in asked
 
 
-def forked(function, *closed):
-    """What a function returns in a fork of this process that lacks these file descriptors. To import JAX anew takes a second."""
-    fork = multiprocessing.get_context("fork")
-    queue = fork.SimpleQueue()
-
-    def run():
-        for each in closed:
-            os.close(each)
-        queue.put(function())
-    process = fork.Process(target=run)
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
-    return queue.get()
-
-
 def test_an_output_that_is_closed_is_one_sentence_and_the_file_is_written(tmp_path):
     """As of `| head -1`."""
     def run():
         reader, writer = os.pipe()
         os.close(reader)
         os.dup2(writer, 1)
-        sys.stdout, sys.stderr = open(1, "w"), io.StringIO()
-        status = common.run(lambda _: report.check(jobs("cpu-1"), some_fail({}), f"{tmp_path}/found.json"))
-        return status, sys.stderr.getvalue()
-    status, error = forked(run)
+        sys.stdout = open(1, "w")
+        return common.run(lambda _: report.check(jobs("cpu-1"), some_fail({}), f"{tmp_path}/found.json"))
+    status, error = forks.Command(run).finish()
     assert status == 1 and error.splitlines()[-1] == "error: the output was closed before everything was written"
     assert "Traceback" not in error and json.loads((tmp_path / "found.json").read_text())[0]["topology"] == "cpu-1"
 
@@ -182,7 +163,7 @@ def test_a_compiler_that_is_stopped_leaves_no_process(tmp_path, monkeypatch):
 def test_a_command_line_without_stdin_compiles(tmp_path, monkeypatch):
     """The child's end of the pipe takes no number of its own streams."""
     stand_in(tmp_path, monkeypatch, 'test "$6" -gt 2 || exit 9; cat; echo')
-    assert forked(lambda: compile.Compiler()(jobs("cpu-1")[0])["topology"], 0) == "cpu-1"
+    assert forks.Command(lambda: compile.Compiler()(jobs("cpu-1")[0])["topology"] != "cpu-1", 0).finish() == (0, "")
 
 
 def test_a_compiler_ends_with_the_process_that_asked_for_it(monkeypatch):
@@ -195,8 +176,7 @@ def test_a_compiler_ends_with_the_process_that_asked_for_it(monkeypatch):
         monkeypatch.setattr(sys, "stdin", open(nothing))
         compile.main()
     nothing, job = os.pipe()
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
+    process = forks.Command(run).process
     os.close(theirs)
     os.close(ours)
     process.join(120)
