@@ -12,15 +12,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from huggingface_hub import constants, file_download
+from huggingface_hub import file_download
 from safetensors.numpy import save_file
 
-from llavamed_jax.checkpoints import hub as hubs
 from llavamed_jax.checkpoints.export.directory import export
 from llavamed_jax.checkpoints.torch import write
 from llavamed_jax.cli.convert import main
 from llavamed_jax.processor import Processor
-from tests.support import tiny
+from tests.support import local_hub, tiny
 from tests.support.local_hub import LocalHub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,12 +66,7 @@ def of_hub(hub, tmp_path, monkeypatch):
     """Makes this process one that was started with the hub's address, and with a cache of its own."""
     def begin(url=hub.url, is_offline=False):
         del hub.requests[:]
-        for name, value in (("ENDPOINT", url), ("HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"),
-                            ("HF_HUB_CACHE", str(tmp_path / "home" / "hub")), ("HF_HUB_OFFLINE", is_offline),
-                            ("HF_HUB_DISABLE_PROGRESS_BARS", True)):
-            monkeypatch.setattr(constants, name, value)
-        hubs._fetch.cache_clear()
-        hubs._print_licence.cache_clear()
+        local_hub.ask(monkeypatch, url, tmp_path / "home", is_offline)
     return begin
 
 

@@ -45,7 +45,7 @@ def test_what_keeps_it_from_starting_is_one_sentence(tmp_path, capsys):
         port = taken.getsockname()[1]
         assert serve.main(["--checkpoint", "x", "--port", str(port)]) == 1
     assert f"the server cannot listen on 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
-    assert serve.main(["--checkpoint", str(tmp_path / "nowhere"), "--port", "0"]) == 2
+    assert serve.main(["--checkpoint", str(tmp_path / "nowhere"), "--port", "0", "--no_page"]) == 2
     out = capsys.readouterr()
     assert "nowhere" in out.err.splitlines()[-1] and out.out.startswith("serving nowhere at http://127.0.0.1:")
 

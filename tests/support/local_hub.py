@@ -186,6 +186,18 @@ class LocalHub:
             self._server.server_close()
 
 
+def ask(monkeypatch, url, home, is_offline=False):
+    """Makes this process one that was started with the hub's address, and with a home whose cache is its own."""
+    from huggingface_hub import constants
+
+    from llavamed_jax.checkpoints import hub
+    for name, value in (("ENDPOINT", url), ("HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"),
+                        ("HF_HUB_CACHE", str(home / "hub")), ("HF_HUB_OFFLINE", is_offline), ("HF_HUB_DISABLE_PROGRESS_BARS", True)):
+        monkeypatch.setattr(constants, name, value)
+    hub._fetch.cache_clear()
+    hub._print_licence.cache_clear()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", metavar="OWNER/NAME=DIRECTORY")

@@ -1,10 +1,13 @@
 """`make verify-release` against a hub on loopback, on a tiny checkpoint of LLaVA-Med v1.5's layout."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from llavamed_jax.checkpoints.random import random_checkpoint
 from llavamed_jax.cli.verify_release import main
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from tests.conftest import ROOT
-from tests.support import xla
+from tests.support import local_hub, xla
 from tests.support.local_hub import LocalHub
 
 CONFIG = LlavaConfig(VisionConfig(32, 64, 3, 4, 28, 14),
@@ -47,13 +50,16 @@ def fetched(models, tmp_path_factory):
         return home, verify(hub, home, "--steps", "fetch,tensors")
 
 
+def words(home, *flags):
+    return [str(word) for word in ("--model", MODEL, "--out", home / "verification.md", "--workdir", home / "run", *flags)]
+
+
 def verify(hub, home, *flags):
-    """Runs the command in a process of its own: huggingface_hub reads its settings once."""
-    command = [sys.executable, "-m", "llavamed_jax.cli.verify_release", "--model", MODEL, "--out", home / "verification.md",
-               "--workdir", home / "run", *flags]
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home / "hf"),
-                                "XLA_FLAGS": xla.flags(), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
+    """The command, as a process would run it."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
+        local_hub.ask(patch, hub.url, home / "hf")
+        patch.chdir(ROOT)
+        return SimpleNamespace(returncode=main(words(home, *flags)), stderr=said.getvalue())
 
 
 def test_fetch_and_tensors(models, fetched):
@@ -109,12 +115,14 @@ def test_wrong_calls_are_one_sentence(flags, status, sentence, tmp_path, capsys,
 
 
 def test_no_network_is_one_sentence(tmp_path):
-    class Nowhere:
-        url = "http://127.0.0.1:9"
-    done = verify(Nowhere, tmp_path, "--steps", "fetch")
+    """In a process of its own, as make starts it."""
+    nowhere = "http://127.0.0.1:9"
+    done = subprocess.run([sys.executable, "-m", "llavamed_jax.cli.verify_release", *words(tmp_path, "--steps", "fetch")], cwd=ROOT,
+                          capture_output=True, text=True, env=os.environ | {
+                              "HF_ENDPOINT": nowhere, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "XLA_FLAGS": xla.flags()})
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert done.stderr == (f"error: {MODEL} is not a directory here, and the hub model of this name is not in the cache of hub models "
-                           f"({Nowhere.url} cannot be reached); give a checkpoint's directory\n")
+                           f"({nowhere} cannot be reached); give a checkpoint's directory\n")
     assert not (tmp_path / "verification.md").exists()
 
 
