@@ -42,19 +42,28 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("gone", ["gone", "/nope", "no/such/place", "x" * 300])
-@pytest.mark.parametrize("main, argv", COMMANDS,
-                         ids=lambda value: " ".join(value[-4:]) if isinstance(value, list) else "")
-def test_a_path_that_names_nothing_is_a_wrong_command_line(main, argv, gone, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    tiny.save_v1(tmp_path)
-    tiny.save(tmp_path / "decoder", tiny.LLAMA, tiny.drawn(tiny.decoder_shapes(tiny.LLAMA)))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the other flags name; no command may leave anything beside it."""
+    path = tmp_path_factory.mktemp("there")
+    tiny.save_v1(path)
+    tiny.save(path / "decoder", tiny.LLAMA, tiny.drawn(tiny.decoder_shapes(tiny.LLAMA)))
     rows = json.loads((ROOT / "samples/vqa_rad/VQA_RAD Dataset Public.json").read_text())
     held_out = json.loads((ROOT / "samples/vqa_rad/held_out.json").read_text())["images"]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"question_id": row["qid"], "text": "yes"}) + "\n"
-                                              for row in rows if row["image_name"] in held_out))
-    before = sorted(path.name for path in tmp_path.iterdir())
+    (path / "p.jsonl").write_text("".join(json.dumps({"question_id": row["qid"], "text": "yes"}) + "\n"
+                                          for row in rows if row["image_name"] in held_out))
+    return path
+
+
+# A name and one that no file can have for every flag; an absolute and a deeper path for every second one.
+CASES = [(gone, *command) for i, command in enumerate(COMMANDS) for gone in ("gone", "x" * 300, ("/nope", "no/such/place")[i % 2])]
+
+
+@pytest.mark.parametrize("gone, main, argv", CASES, ids=lambda value: " ".join(value[-4:]) if isinstance(value, list) else str(value)[:9])
+def test_a_path_that_names_nothing_is_a_wrong_command_line(gone, main, argv, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    before = sorted(path.name for path in folder.iterdir())
     assert main.main([word.replace("GONE", gone) for word in argv]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and (gone[:50] in error or "checkpoints/3" in error), error
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert sorted(path.name for path in folder.iterdir()) == before
