@@ -55,7 +55,7 @@ def free_running(tmp_path_factory):
     pytest.importorskip("torch", reason="torch's CPU build is not installed")
     from tests.support import hf
     root = tmp_path_factory.mktemp("model")
-    model, _ = hf.llava("llama", seed=3)
+    model, _ = hf.llava("llama", vision=dict(num_hidden_layers=2), text=dict(num_hidden_layers=1), seed=3)
     model.save_pretrained(root)
     write(root, "generation_config.json", {})
     new = theirs(root)
