@@ -91,7 +91,7 @@ def test_another_dtype_is_a_cast(dtype, file, tmp_path):
 
 def test_tensors_are_read_one_after_another(file, tmp_path):
     """The most memory that arrays take is that of two tensors (one is written, the next one read), not of the model."""
-    cfg = gguf_files.config(hidden_size=256, intermediate_size=4096, num_hidden_layers=6)
+    cfg = gguf_files.config(hidden_size=256, intermediate_size=2048, num_hidden_layers=6)
     tensors = gguf_files.model(file, cfg)
     largest, total = max(t.nbytes for t in tensors.values()), sum(t.nbytes for t in tensors.values())
     import_decoder(file, tmp_path / "first")  # imports what it needs

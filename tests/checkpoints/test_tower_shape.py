@@ -2,19 +2,16 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
 from llavamed_jax.checkpoints.export.directory import export
-from llavamed_jax.checkpoints.load import load_params
 from llavamed_jax.checkpoints.model_config import read_config
 from llavamed_jax.checkpoints.open import open_checkpoint
 from llavamed_jax.checkpoints.torch import tower_shape
 from llavamed_jax.cli.convert import main
-from llavamed_jax.config import IMAGE_TOKEN, KNOWN_TOWERS, VisionConfig
+from llavamed_jax.config import KNOWN_TOWERS, VisionConfig
 from llavamed_jax.errors import UserError
-from llavamed_jax.models.llava import Llava
 from llavamed_jax.processor import Processor
 from tests.checkpoints.test_layouts import sparse
 from tests.support import released, tiny
@@ -58,13 +55,6 @@ def save(directory, layout, name, files="safetensors", prefix=f"{PREFIX}vision_m
     return directory
 
 
-def logits(checkpoint):
-    cfg = checkpoint.config
-    ids = np.array([[1, 5] + [IMAGE_TOKEN] * cfg.tokens_per_image + [7, 9, 11, 40]], np.int32)
-    pixels = np.random.default_rng(0).standard_normal((1, 1, 28, 28, 3)).astype(np.float32)
-    return np.asarray(jax.jit(Llava(cfg).apply)({"params": load_params(checkpoint)}, ids, pixels))
-
-
 @pytest.mark.parametrize("files", ["safetensors", "bin"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_model_is_that_under_the_known_name(layout, files, tmp_path):
@@ -77,8 +67,6 @@ def test_the_model_is_that_under_the_known_name(layout, files, tmp_path):
     assert found.tensors.keys() == known.tensors.keys() and found.config.replace(extra=known.config.extra) == known.config
     for name in known.tensors:
         np.testing.assert_array_equal(found.read(name), known.read(name), err_msg=name)
-    if (layout, files) == ("v1.5", "safetensors"):  # equal tensors give equal logits
-        np.testing.assert_array_equal(logits(found), logits(known))
 
 
 @pytest.mark.parametrize("prefix", [f"{PREFIX}vision_model.", PREFIX])
@@ -105,14 +93,14 @@ def test_a_directory_of_the_name_goes_before_the_assumption(tmp_path):
     assert found.tower == "the tensors in the checkpoint"
 
 
-@pytest.mark.parametrize("width", [64, 96, 1280])
+@pytest.mark.parametrize("width", [64, 96, 1152])
 def test_another_width_asks_for_a_config_and_takes_it(width, tmp_path):
     tower = {**TOWER, "hidden_size": width, "num_attention_heads": 2, "num_hidden_layers": 2}
     shapes = tiny.clip_shapes(tower, f"{PREFIX}vision_model.")
     rest = {n: t for n, t in released.v15_tensors(dtype=np.float32).items() if "vision_tower" not in n}
     rest["model.mm_projector.0.weight"] = np.ones((48, width), np.float32)
     config = {**released.V15, "mm_hidden_size": width, "mm_vision_tower": "/elsewhere/clip"}
-    drawn = tiny.drawn(shapes, dtype=np.float32)
+    drawn = tiny.drawn(shapes)
     directory = tiny.save(tmp_path / "model", config, rest | drawn)
     for read in (open_checkpoint, read_config):
         with pytest.raises(UserError, match=f"'/elsewhere/clip', which is not here; its tensors have width {width}, which no CLIP tower has.*"
@@ -123,7 +111,7 @@ def test_another_width_asks_for_a_config_and_takes_it(width, tmp_path):
     assert found.tower == f"the tensors in the checkpoint, of the shape in {tmp_path / 'shape'}"
     assert found.config.vision == VisionConfig.from_hf(tower)
     np.testing.assert_array_equal(found.read("vision_tower/pre_layrnorm/scale"), drawn[f"{PREFIX}vision_model.pre_layrnorm.weight"])
-    other = tiny.drawn(tiny.clip_shapes(tower), seed=9, dtype=np.float32)
+    other = tiny.drawn(tiny.clip_shapes(tower), seed=9)
     tiny.save(tmp_path / "shape", tower, other)  # with weights it is another tower, as ever
     found = open_checkpoint(directory, tmp_path / "shape")
     assert found.tower == f"{tmp_path / 'shape'}, as asked for"
