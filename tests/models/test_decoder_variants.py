@@ -209,7 +209,7 @@ def test_several_feature_layers_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["biased attention", "biased"])  # the others have no leaves of their own
 def test_every_leaf_has_one_rule_and_its_place_in_the_file(variant, scan):
     cfg = config(VARIANTS[variant])
     abstract = llava.abstract_params(cfg, scan)

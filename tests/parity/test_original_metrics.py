@@ -145,7 +145,7 @@ ADVERSARIAL = {
     "null": "left\0lung",
     "separators": "left\u2028lung\x85no\x1cyes",
     "a thousand words": "The left lung, no; " * 250,
-    "one long word": "yes" * 3000,
+    "one long word": "yes" * 1000,
     "digits and commas": "1,000 x-ray - pre-op/left, 3.5 cm. .5",
     "arabic digits": "١,٢ x-ray",
     "articles": "a an the A An THE",

@@ -40,7 +40,7 @@ def state(checkpoint, layer, images, scan=False, change=None):
     return apply(tower, params["vision_tower"], images) if scan else tower.apply({"params": params["vision_tower"]}, images)
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2, 3, -1, -2, -3, -4])
+@pytest.mark.parametrize("layer", [0, 3, -1, -2, -3, -4])
 def test_every_hidden_state(case, layer, measured):
     _, _, checkpoint, images, states = case
     measured(state(checkpoint, layer, images), states[layer], TOLERANCE)
