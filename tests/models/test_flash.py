@@ -99,15 +99,10 @@ def test_scores_that_are_not_seen_may_be_as_large_as_they_like():
 
 def test_bfloat16_is_summed_in_float32():
     """Outputs and gradients are off by less than the rounding of a number, over 256 keys; sums in bfloat16 by more."""
-    q, k, v = (x.astype(jnp.bfloat16) for x in draw(256))
-    weigh = draw(256, seed=1)[0].astype(jnp.bfloat16)
-    whole = [x.astype(np.float32) for x in (q, k, v)]
-
-    def both(q, k, v):
-        out, pull = jax.vjp(flash, q, k, v)
-        return out, *pull(weigh.astype(out.dtype))
-
-    for found, wanted in zip(jax.jit(both)(q, k, v), jax.jit(both)(*whole), strict=True):
+    rounded = [x.astype(jnp.bfloat16) for x in (*draw(256), draw(256, seed=1)[0])]
+    few, many = (flash_and_gradients(*(x.astype(dtype) for x in rounded), blocks(256), None) for dtype in (jnp.bfloat16, np.float32))
+    for found, wanted in zip(few, many, strict=True):
+        assert found.dtype == jnp.bfloat16
         off = np.asarray(found, np.float32) - np.asarray(wanted)
         assert np.sqrt(np.mean(off**2)) <= 2**-8 * np.sqrt(np.mean(np.square(wanted)))
 

@@ -180,11 +180,11 @@ def test_stage_1_moves_the_projector_and_the_rows_of_two_tokens(tiny, measured):
     ids, labels, segments = padded(V1_ROWS, V1_LABELS, "right")
 
     def mean_loss(params, pixels):
-        logits = llava.Llava(model.config).apply({"params": params}, ids, pixels, segment_ids=segments)
+        logits = apply(llava.Llava(model.config), params, ids, pixels, segment_ids=segments)
         total, count = cross_entropy(logits, labels, segments)
         return total / count
     loss = only_rows(mean_loss, (START, END))
-    found = jax.jit(jax.grad(lambda trainable: loss(merge(trainable, frozen), slots(originals.PIXELS, 2))))(trainable)
+    found = jax.jit(jax.grad(lambda trainable, frozen: loss(merge(trainable, frozen), slots(originals.PIXELS, 2))))(trainable, frozen)
     assert np.flatnonzero(np.abs(found[TABLE]).max(axis=1)).tolist() == [START, END]
     for name, gradient in torch_stage_1_gradient(reference).items():
         measured(found[name], gradient, TOLERANCE, scale=np.abs(gradient).max())
