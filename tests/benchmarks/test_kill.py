@@ -70,8 +70,8 @@ def test_a_worker_that_is_stopped_ends_with_its_killed_parent(tmp_path):
     while not begun.exists():
         assert run.wait_until(time.monotonic() - run.started + 0.05), (tmp_path / "log").read_text()
     now = time.monotonic() - run.started
-    assert run.treat("stopped", now, now + 0.5, random.Random(0)) == 1
-    assert run.kill_at(now + 0.5) and run.leftovers() == []
+    assert run.treat("stopped", now, now + 0.2, random.Random(0)) == 1
+    assert run.kill_at(now + 0.2) and run.leftovers() == []
 
 
 def state_of(pid):
