@@ -54,9 +54,9 @@ def test_names_are_one_to_one(preset, layout):
     assert len(set(everything)) == len(everything)
 
 
-@pytest.mark.parametrize("change", [{}, {"projector_type": "linear"}, {"projector_type": "mlp3x_gelu"}, {"projector_type": "identity"},
-                                    {"projector_bias": False}, {"feature_layer": -1}, {"feature_layer": 1}])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("change, tied", [
+    ({}, False), ({}, True), ({"projector_type": "linear"}, False), ({"projector_type": "mlp3x_gelu"}, False),
+    ({"projector_type": "identity"}, False), ({"projector_bias": False}, False), ({"feature_layer": -1}, True), ({"feature_layer": 1}, False)])
 def test_expected_shapes_are_those_of_the_model(change, tied):
     text = {"hidden_size": 32} if change.get("projector_type") == "identity" else {}
     cfg = TINY.replace(decoder=DecoderConfig(**{**vars(TINY.decoder), **text, "tie_word_embeddings": tied}), **change)

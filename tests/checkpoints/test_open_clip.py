@@ -20,6 +20,7 @@ from llavamed_jax.errors import UserError
 from llavamed_jax.models.towers import tower_module
 from llavamed_jax.processor import Processor
 from tests.support import hf, tiny, towers
+from tests.support.programs import apply
 
 torch = hf.torch
 
@@ -86,7 +87,7 @@ def features(checkpoint, layer, images):
     """Our features [I,P,D] of LLaVA's layer, without the class token."""
     checkpoint = checkpoint.replace(config=checkpoint.config.replace(feature_layer=layer))
     cfg, params = checkpoint.config, load_params(checkpoint)["vision_tower"]
-    return tower_module(cfg.vision)(cfg.vision, cfg.num_vision_layers_used).apply({"params": params}, images)[:, 1:]
+    return apply(tower_module(cfg.vision)(cfg.vision, cfg.num_vision_layers_used), params, images)[:, 1:]
 
 
 @pytest.mark.parametrize("file", ["open_clip_pytorch_model.bin", "open_clip_model.safetensors"])
@@ -225,7 +226,7 @@ def test_a_checkpoint_of_v1_that_names_it(layer, means, model, tmp_path):
     checkpoint = open_checkpoint(directory)
     assert (checkpoint.config.feature_layer, checkpoint.config.tokens_per_image) == (means, 16)
     assert "which mm_vision_tower names" in checkpoint.tower
-    images = hf.images(1)
+    images = hf.images(2)
     wanted = towers.hidden_states(model, images)[means][:, 1:]
     np.testing.assert_allclose(features(checkpoint, checkpoint.config.feature_layer, images), wanted, atol=2e-5)
 
