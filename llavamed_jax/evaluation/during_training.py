@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -176,15 +177,9 @@ def _unrolled(snapshot: Snapshot) -> tuple[Mapping, Mesh]:
     """
     program = snapshot.program
     rules = param_axes(program.model.cfg)
-    dtype = program.model.dtype
-
-    def cast(params):
-        flat = unstack(flatten_dict(params, sep="/"))
-        return unflatten_dict({name: x if isinstance(x, Kernel) else x.astype(dtype_of(name, dtype))
-                               for name, x in flat.items()}, sep="/")
-
-    shapes = jax.eval_shape(cast, snapshot.params)
-    params = jax.jit(cast, out_shardings=param_shardings(shapes, rules, program.mesh))(snapshot.params)
+    unroll = _unroll(program.model.dtype)
+    shapes = jax.eval_shape(unroll, snapshot.params)
+    params = jax.jit(unroll, out_shardings=param_shardings(shapes, rules, program.mesh))(snapshot.params)
     if distributed.process_count() == 1:
         return params, program.mesh
     everywhere, here = local_view(program.mesh)
@@ -192,6 +187,17 @@ def _unrolled(snapshot: Snapshot) -> tuple[Mapping, Mesh]:
     local = lambda x, sharding: jax.make_array_from_single_device_arrays(x.shape, sharding,
                                                                          [part.data for part in x.addressable_shards])
     return jax.tree.map(local, copies, param_shardings(shapes, rules, here)), here
+
+
+@functools.cache  # jax compiles a function object once
+def _unroll(dtype: jax.typing.DTypeLike) -> Callable[[Mapping], Mapping]:
+    """Returns the function that unstacks parameters and casts them to the dtype of a computation."""
+    def unroll(params: Mapping) -> Mapping:
+        flat = unstack(flatten_dict(params, sep="/"))
+        return unflatten_dict({name: x if isinstance(x, Kernel) else x.astype(dtype_of(name, dtype))
+                               for name, x in flat.items()}, sep="/")
+
+    return unroll
 
 
 class ClosedAccuracy:

@@ -69,9 +69,9 @@ def test_images_without_markers_have_no_gradient_where_the_limit_lets_them_pass(
         fit(cfg, tmp_path / "other")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("key, value, total_steps", [
-    ("optimizer.eps", 1e300, 4), ("optimizer.clip_norm", 1e-30, 4), ("optimizer.eps", 1e20, 20), ("optimizer.learning_rate", 1e-30, 20)])
+@pytest.mark.parametrize("key, value, total_steps", [("optimizer.eps", 1e300, 4), *(
+    pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("optimizer.clip_norm", 1e-30, 4), ("optimizer.eps", 1e20, 20), ("optimizer.learning_rate", 1e-30, 20)))])
 def test_updates_that_move_nothing_end_the_run(recipe, tmp_path, key, value, total_steps):
     """Biases and zeros may take on 1e-25: that is nothing, too. What such an update reports is tested with the step, and below what
     follows from it."""

@@ -272,7 +272,16 @@ def test_samples_and_closed_accuracy_are_the_saved_models(recipe, stepping, tmp_
     (tmp_path / "validation.json").write_text(json.dumps(records))
     with cfg.ignore_type():
         cfg.data.validation = str(tmp_path / "validation.json")
-    show = lambda snapshot: seen.append((snapshot.step, sampler(snapshot))) or seen[-1][1]
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None)
+
+    def show(snapshot):
+        before = len(compiled)
+        seen.append((snapshot.step, sampler(snapshot)))
+        assert len(seen) == 1 or len(compiled) == before, "the programs of step 2 serve step 3"
+        return seen[-1][1]
+
     watch = Callbacks([during_training.ClosedAccuracy(model)], show)
     assert fit(cfg, tmp_path / "run", watch)
     said = capsys.readouterr().out
