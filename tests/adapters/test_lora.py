@@ -232,9 +232,11 @@ def test_scale_and_rate_are_not_rounded_to_bfloat16():
 
 
 def test_rematerialised_layers_draw_the_same_dropout():
-    """The backward pass of a layer that is computed again has the mask of the forward pass."""
-    trained, frozen = dropout_params()
-    losses, grads = zip(*(dropout_gradients(remat)(trained, frozen, {**texts(), DROPOUT: jax.random.key(5)}) for remat in ("none", "full")))
+    """The backward pass of a layer that is computed again has the mask of the forward pass; each layer has its own."""
+    (trained, frozen), batch = dropout_params(), {**texts(), DROPOUT: jax.random.key(5)}
+    _, grads = zip(*(dropout_gradients(remat)(trained, frozen, batch) for remat in ("none", "full")))
+    for remat in ("none", "full"):  # the scan is given a key for each of the two layers
+        assert "key<fry>[2]" in str(jax.make_jaxpr(dropout_gradients(remat))(trained, frozen, batch)), remat
     for name in trained:
         one, two = (np.asarray(each[name]) for each in grads)
         np.testing.assert_allclose(one, two, atol=2e-5 * np.abs(one).max(), err_msg=name)
