@@ -59,7 +59,8 @@ def test_a_run_on_a_machine_that_has_nothing(tmp_path):
     (long := work / ("x" * 120)).mkdir(parents=True)
     start = write_start(work / "start")
     keys = {"init": start, "data.train": SAMPLE / "vqa_train.json", "data.images": images(), "data.validation": "none",
-            "data.samples": "none", "total_steps": 2, "data.workers": 1, "log_every": 1, "batch_size": 4, "max_length": 64}
+            "data.samples": "none", "total_steps": 2, "data.workers": 1, "log_every": 1, "batch_size": 4, "max_length": 64,
+            "trainable": "['projector/.*']"}
     done = bare(ROOT / "train.py", "--config", f"{ROOT}/configs/demo.py:vqa", "--workdir", "a run",
                 *(f"--config.{key}={value}" for key, value in keys.items()),
                 closed="all", cwd=work, TMPDIR=str(long), HOME="/nonexistent", LC_ALL="C", XLA_FLAGS=xla.flags())
