@@ -29,6 +29,7 @@ from llavamed_jax.evaluation.scoring import controls, score
 from llavamed_jax.evaluation.scoring.items import AnswerSet, answer_candidates
 from llavamed_jax.evaluation.scoring.predictions import join, read_predictions
 from llavamed_jax.evaluation.scoring.strict import is_strictly_right, open_scores
+from llavamed_jax.generation import engine
 from llavamed_jax.processor import Processor
 from llavamed_jax.text.tokenizer import Tokenizer
 from llavamed_jax.utils.files import to_jsonl, write_text
@@ -602,7 +603,15 @@ def tiny_model():
     return LlavaMed(cfg, load_params(random_checkpoint(cfg)), Processor(cfg, tokenizer))
 
 
-def test_a_real_model_of_random_weights_answers(tiny_model, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def one_bucket(monkeypatch):
+    """Prompts of all lengths are run by one program, alone or eight at a time: tests/generation looks at the others."""
+    monkeypatch.setattr(engine, "bucket", lambda length: 128)
+    monkeypatch.setattr(engine, "cache_length", lambda length: 256)
+    monkeypatch.setattr(engine, "batch_size", lambda number, length=1, shards=1: 1 if number == 1 else 8)
+
+
+def test_a_real_model_of_random_weights_answers(tiny_model, one_bucket, tmp_path, monkeypatch, capsys):
     """The whole way through tower, projector, decoder and cache; an answer alone is the same as in a batch."""
     monkeypatch.setattr(cli.common, "load_assistant", lambda args: tiny_model)
     monkeypatch.chdir(ROOT)
@@ -621,7 +630,7 @@ def test_a_real_model_of_random_weights_answers(tiny_model, tmp_path, monkeypatc
     assert "are incomplete" in capsys.readouterr().err
 
 
-def test_a_prompt_too_long_for_a_real_model_is_answered_from_its_beginning(tiny_model, capsys):
+def test_a_prompt_too_long_for_a_real_model_is_answered_from_its_beginning(tiny_model, one_bucket, capsys):
     image = str(next((SAMPLE / "images").iterdir()))
     generation = Generation(max_new_tokens=3)
     long = "Is the heart enlarged? " * 100
