@@ -344,8 +344,8 @@ def test_a_gone_image_keeps_its_pixels_where_another_of_its_shard_changed(few, m
     rows[5] |= {"image": ["2.png", "3.png"], "conversations": [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "a"}]}
     (folder / "data.json").write_text(json.dumps(rows))
     (folder / "0.png").unlink()
-    again = lambda: write(folder, out, mistral_tokenizer, "--workers", workers, span="6")
-    assert again() == 0
+    again = lambda workers=workers: write(folder, out, mistral_tokenizer, "--workers", workers, span="6")
+    assert again("0") == 0
     for name, red in (("1.png", None), ("2.png", None), ("3.png", 99)):
         Image.new("RGB", (9, 9), (red, 0, 0)).save(folder / name) if red else (folder / name).unlink()
     if is_stopped:
