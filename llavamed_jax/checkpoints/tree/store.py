@@ -18,6 +18,7 @@ import contextlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +42,7 @@ from llavamed_jax.utils.files import is_at, read_json
 
 SEALED = ".sealed"  # exists in checkpoints/ once a step was complete
 TRIES = 5  # to open the newest step of a run that deletes older ones in the meantime
+_REMOVALS = 20  # tries to delete what a failed save has written, a tenth of a second apart
 _REMOVED = "{} was removed while it was written, so this step is not saved"
 
 
@@ -208,9 +210,18 @@ def _deleted_if_failed(directory: Path, written: int | None = None) -> Iterator[
         if jax.process_index() == 0:
             for path in [*_partial(directory), directory]:
                 with contextlib.suppress(OSError):
-                    if not (path / MANIFEST).exists() and (written is None or is_at(written, path)):
-                        shutil.rmtree(path, ignore_errors=True)
+                    if path.exists() and not (path / MANIFEST).exists() and (written is None or is_at(written, path)):
+                        _remove(path)
         raise
+
+
+def _remove(path: Path) -> None:
+    """Deletes a directory to which other writes of a failed save may still add files, or which they make anew."""
+    for _ in range(_REMOVALS):
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.1)
+        if not path.exists():
+            return
 
 
 def _partial(directory: Path) -> list[Path]:
