@@ -216,11 +216,14 @@ def _deleted_if_failed(directory: Path, written: int | None = None) -> Iterator[
 
 
 def _remove(path: Path) -> None:
-    """Deletes a directory to which other writes of a failed save may still add files, or which they make anew."""
+    """Deletes a directory to which other writes of a failed save may still add files, or which they make anew.
+
+    A directory that has a manifest is another save's, and a whole one.
+    """
     for _ in range(_REMOVALS):
         shutil.rmtree(path, ignore_errors=True)
         time.sleep(0.1)
-        if not path.exists():
+        if not path.exists() or (path / MANIFEST).exists():
             return
 
 
