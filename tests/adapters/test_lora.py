@@ -242,7 +242,6 @@ def test_rematerialised_layers_draw_the_same_dropout():
         np.testing.assert_allclose(one, two, atol=2e-5 * np.abs(one).max(), err_msg=name)
 
 
-@pytest.mark.slow
 def test_every_update_and_micro_batch_has_its_own_dropout():
     checkpoint = adapted(dropout=0.3)
     whole, parts, again = (updated(checkpoint, 3, seed=seed, micro_batches=m)[1] for seed, m in ((1, 1), (1, 2), (1, 1)))
@@ -405,7 +404,6 @@ def test_a_merged_run_answers_as_the_run(run, tmp_path):
     assert two.config.adapter is None and one.config.adapter is not None
 
 
-@pytest.mark.slow
 def test_a_base_without_files_is_copied(run, tmp_path, capsys):
     from llavamed_jax.cli.convert import main
     """Of a preset, and of another run's step, which that run may delete; its adapter alone is opened over the run."""

@@ -11,7 +11,6 @@ from llavamed_jax.serving.limits import Limits
 from tests.support.server import running, tiny_model
 
 
-@pytest.mark.slow
 def test_transformers_behind_the_routes_gives_our_answers(tmp_path):
     pytest.importorskip("torch", reason="torch's CPU build is not installed")
     import llavamed_jax as lm
@@ -33,7 +32,6 @@ def test_transformers_behind_the_routes_gives_our_answers(tmp_path):
     assert gone.is_finished and len(gone.tokens) == 1
 
 
-@pytest.mark.slow
 def test_a_server_outlives_every_fault_and_closes_idle_connections():
     with running(tiny_model(), Limits(header_timeout=1.0, body_timeout=1.0, max_connections=20)) as server:
         assert {name: serving_faults.commit(server.address, name) for name in serving_faults.FAULTS} == dict.fromkeys(serving_faults.FAULTS, 0)

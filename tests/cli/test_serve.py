@@ -50,7 +50,6 @@ def test_what_keeps_it_from_starting_is_one_sentence(tmp_path, capsys):
     assert "nowhere" in out.err.splitlines()[-1] and out.out.startswith("serving nowhere at http://127.0.0.1:")
 
 
-@pytest.mark.slow
 def test_a_process_loads_answers_and_ends_when_it_is_asked_to(tmp_path):
     start = write_start(tmp_path / "tiny")
     process = subprocess.Popen(

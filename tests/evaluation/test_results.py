@@ -283,7 +283,6 @@ def test_a_directory_that_is_removed_while_it_is_made_is_made_again(tmp_path, mo
         pass
 
 
-@pytest.mark.slow
 def test_two_evaluations_of_one_new_workdir(tmp_path):
     """One is answered, the other refused, and what the first wrote is there."""
     config = f"{ROOT / 'configs' / 'eval' / 'vqa_rad.py'}:demo"

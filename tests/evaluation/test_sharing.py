@@ -164,7 +164,6 @@ def test_a_signal_to_one_stops_both(tmp_path):
     assert (first, second, silent) == (75, 75, "") and "answers are kept in" in said.splitlines()[-1]
 
 
-@pytest.mark.slow
 def test_two_processes_with_a_real_model_answer_as_one(tmp_path):
     """Four devices each, over two of which the rows of an engine lie."""
     start = write_start(tmp_path / "start")

@@ -80,7 +80,7 @@ def test_nothing_is_compiled_for_weights_of_other_shapes(tmp_path, monkeypatch):
     assert not warm_up.compile_while_loading(str(tmp_path / "adapter"), 2) and len(compiled) == 2
 
 
-@pytest.mark.parametrize("has_image", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("has_image", [False, True])
 def test_an_engine_finds_what_was_compiled_ahead(cache, has_image):
     P, size = CFG.tokens_per_image, CFG.vision.image_size
     image = np.zeros((size, size, 3), np.uint8)

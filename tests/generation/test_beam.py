@@ -100,7 +100,6 @@ def test_a_batch_gives_each_prompt_what_it_gives_alone(family):
     assert search.generate(requests(seed), K) != together  # it is the model that decides
 
 
-@pytest.mark.slow
 def test_a_mesh_gives_the_same_tokens(family):
     models, engine, search = family
     seed, _, engine.params = models[0]

@@ -553,7 +553,6 @@ def expected(fresh):
     return of
 
 
-@pytest.mark.slow
 def test_a_random_life(fresh, expected):
     counts = walk(fresh(), expected, np.random.default_rng(21), rounds=120)
     assert min(counts.values()) >= 1 and counts["answered"] > 20, counts

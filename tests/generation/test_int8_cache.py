@@ -166,7 +166,6 @@ def test_a_loaded_model_says_it(tmp_path):
     assert KV_CACHES == ("int8",)
 
 
-@pytest.mark.slow
 def test_one_beam_and_many_decode_over_it(params, programs):
     engine = Engine(CFG, params, batch_size=4, programs=programs)
     search = BeamSearch(engine)

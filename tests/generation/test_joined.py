@@ -98,7 +98,7 @@ def test_parts_that_differ_stay_apart():
         assert set(found["mlp"]) == {"gate_proj", "up_proj", "down_proj"} and "qkv_proj" in found["self_attn"]
 
 
-@pytest.mark.parametrize("more", [{}, pytest.param(dict(cache_dtype=np.dtype(np.int8)), marks=pytest.mark.slow)], ids=["cache", "int8 cache"])
+@pytest.mark.parametrize("more", [{}, dict(cache_dtype=np.dtype(np.int8))], ids=["cache", "int8 cache"])
 def test_tokens_equal_those_of_a_cpu(as_on_a_gpu, more):
     """Also with images, with a request that is sampled, and in rows that held others."""
     params = random_params(CFG, seed=4)
@@ -109,14 +109,12 @@ def test_tokens_equal_those_of_a_cpu(as_on_a_gpu, more):
     assert engine.generate(requests[::-1]) == wanted[::-1] and engine.generate(requests) == wanted and max(len(set(row)) for row in wanted) >= 5
 
 
-@pytest.mark.slow
 def test_beams_equal_those_of_a_cpu(as_on_a_gpu):
     params = random_params(CFG, seed=4)
     wanted = BeamSearch(Engine(CFG, jax.device_put(params), batch_size=4)).generate(asked(4)[:2], 2)
     assert BeamSearch(as_on_a_gpu(CFG, params)).generate(asked(4)[:2], 2) == wanted
 
 
-@pytest.mark.slow
 def test_on_a_mesh_only_tensor_parallelism_keeps_parts_apart(as_on_a_gpu):
     params = random_params(CFG, seed=4)
     wanted = Engine(CFG, jax.device_put(params), batch_size=4, steps=4).generate(asked())

@@ -78,7 +78,7 @@ def gradients(backend):
     return jax.jit(jax.grad(lambda q, k, v: jnp.sum(attention(q, k, v, mask, backend) * weigh), (0, 1, 2)))(*draw(T))
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), "data=2,fsdp=1,tp=2"])
+@pytest.mark.parametrize("mesh", [None, "data=2,fsdp=1,tp=2"])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_kernels_have_the_gradients_of_xla(backend, mesh):
     """With blocks that lie across the borders of samples, queries that share keys, a window, and on a mesh that cuts rows and heads."""
@@ -186,8 +186,8 @@ def program(backend, window):
     return lambda params, batch: run(split(params, False), split(params, True), batch)
 
 
-@pytest.mark.parametrize("backend, window", [("xla", 6), ("splash_interpreted", 6), ("flash_interpreted", 6), *(
-    pytest.param(backend, None, marks=pytest.mark.slow) for backend in ("xla", "splash_interpreted"))])
+@pytest.mark.parametrize("backend, window", [("xla", 6), ("splash_interpreted", 6), ("flash_interpreted", 6), ("xla", None),
+                                             ("splash_interpreted", None)])
 def test_packed_is_apart(params, backend, window):
     """Several samples with images in a row teach what they teach alone: the sums of losses, and the gradients.
 

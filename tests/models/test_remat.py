@@ -138,7 +138,7 @@ def test_a_kernel_keeps_what_its_backward_kernels_need(args, backend, remat, for
     assert sum("_fwd_" in name or "_forward" in name for name in found) == forward and len(found) == forward + 2
 
 
-@pytest.mark.parametrize("remat", ["qkvo", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("remat", ["qkvo", "full"])
 def test_on_a_mesh_gradients_are_those_of_one_device(args, remat):
     run = jax.jit(jax.grad(functools.partial(loss, remat, "xla"), (0, 1)))
     single = run(*args)

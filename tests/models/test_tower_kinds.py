@@ -49,8 +49,7 @@ def assert_close(got, wanted):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(b).max())), got, wanted)
 
 
-@pytest.fixture(scope="module", params=[kind if kind is VisionConfig else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
-                ids=lambda kind: kind.model_type)
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: kind.model_type)
 def single(request):
     cfg = small(request.param)
     params = load_params(random_checkpoint(cfg))

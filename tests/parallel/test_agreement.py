@@ -317,7 +317,7 @@ def command(tmp_path, **changes):
     return ["--config", f"{ROOT}/configs/demo.py:vqa", *(f"--config.{key}={value}" for key, value in keys.items() if value is not None)]
 
 
-@pytest.mark.parametrize("key, first, second", [("total_steps", 2, 4), pytest.param("init", "start", "other", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("key, first, second", [("total_steps", 2, 4), ("init", "start", "other")])
 def test_two_processes_of_other_recipes_end_with_one_sentence(tmp_path, key, first, second):
     runs.write_start(tmp_path / "start")
     running = two("train", *command(tmp_path, **{key: None}), "--workdir", str(tmp_path / "run"),

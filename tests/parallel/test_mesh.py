@@ -50,8 +50,8 @@ def test_sizes_that_do_not_fit_are_one_sentence(spec):
         make_mesh(spec)
 
 
-@pytest.mark.parametrize("name, scan", [*((name, True) for name in PRESETS), *(
-    pytest.param(name, False, marks=() if name in ("small", "v15-7b") else pytest.mark.slow) for name in PRESETS)])
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("name", PRESETS)
 def test_every_leaf_of_every_preset_has_exactly_one_rule(name, scan):
     mesh, cfg = make_mesh("data=2,fsdp=2,tp=2"), preset(name)
     # A layer is as the next one, and under scan those of the decoder are one; numbers have up to two digits.

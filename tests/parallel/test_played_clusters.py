@@ -16,7 +16,6 @@ from tests.support import xla
 from tests.support.several import ends
 from tests.support.training_runs import ROOT
 
-pytestmark = pytest.mark.slow
 PATIENCE_S = 900
 DEMO = ["--config", "configs/eval/vqa_rad.py:demo", "--checkpoint", "runs/x"]
 
@@ -87,6 +86,7 @@ def logged(workdir: Path) -> list[int]:
     return [row["step"] for row in map(json.loads, lines) if "loss" in row]
 
 
+@pytest.mark.slow
 def test_a_job_whose_time_ends_saves_is_requeued_and_goes_on(tmp_path):
     """`docs/launch/slurm.sbatch` as it is. `srun` starts two tasks and passes on SIGTERM, as SLURM does 180 s before the end."""
     data, steps, work = runs.write_data(tmp_path), 60, tmp_path / "run"

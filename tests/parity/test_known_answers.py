@@ -151,7 +151,7 @@ def test_sliding_window(window, tmp_path, measured):
 GREEDY = {"an image": ([1, 5, IMAGE_TOKEN, 7, 9, 11], 1), "text": ([1, 6, 8], 0), "two images": ([1, IMAGE_TOKEN, 4, IMAGE_TOKEN, 9], 2)}
 
 
-@pytest.mark.parametrize("name", ["v15", pytest.param("v15 with a window", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["v15", "v15 with a window"])
 def test_greedy_tokens(name, tiny, tmp_path):
     if name in tiny:
         model, reference = tiny[name]
@@ -227,10 +227,7 @@ RANDOM = {
 }
 
 
-FAST = "class token kept, last layer, exact GELU, window of 5"  # the others compile for a minute
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == FAST else pytest.mark.slow) for name in RANDOM])
+@pytest.mark.parametrize("name", RANDOM)
 def test_random_models_equal_transformers(name, tmp_path, measured):
     """Logits of text, an image, several images to 1e-4 of their scale; greedy tokens of the last exactly."""
     seed = list(RANDOM).index(name)
@@ -254,7 +251,6 @@ def test_random_models_equal_transformers(name, tmp_path, measured):
     assert ours.generate_tokens([row], [list(images)], max_new_tokens=10) == [greedy[0, len(row):].tolist()]
 
 
-@pytest.mark.slow
 def test_a_random_model_with_a_linear_projector_equals_torch(tmp_path, measured):
     """transformers' llava has no linear projector; the reference is torch code of these tests' own."""
     rng = np.random.default_rng(3)

@@ -66,7 +66,6 @@ def test_the_state_has_few_bits_and_counts_them(path, tmp_path, how, element):  
     assert 0.7 * weights * (4 - (1 if how == "int8" else 0.5)) < saved < weights * (4 - (1 if how == "int8" else 0.5))
 
 
-@pytest.mark.slow
 def test_updates_are_those_of_the_widened_kernels_and_the_same_on_a_mesh(path, tmp_path):  # noqa: F811
     """The gradient passes through the rounded kernels as through the same values in float32."""
     cfg = recipe(path, write_data(tmp_path))

@@ -172,7 +172,6 @@ def test_products_that_qwix_misses_or_takes_besides_are_counted(monkeypatch):
 
 # ---- learning
 
-@pytest.mark.slow
 def test_a_small_model_learns_and_begins_near_bfloat16():
     rng = np.random.default_rng(3)
     draw = lambda path, x: jnp.asarray(0.05 * rng.standard_normal(x.shape, np.float32) + np.float32(path[-1].key == "scale"))
@@ -215,7 +214,6 @@ def losses(workdir):
     return [line["loss"] for line in log_lines(workdir) if "loss" in line]
 
 
-@pytest.mark.slow
 def test_a_run_learns_near_bfloat16_and_stores_the_same_tree(runs):
     narrow, wide = losses(runs / "fp8"), losses(runs / "bfloat16")
     assert len(narrow) == 6 and narrow[-1] < 0.9 * narrow[0]
@@ -224,7 +222,6 @@ def test_a_run_learns_near_bfloat16_and_stores_the_same_tree(runs):
     assert kinds(open_checkpoint(runs / "fp8")) == kinds(open_checkpoint(runs / "bfloat16"))
 
 
-@pytest.mark.slow
 def test_a_run_resumes_to_the_same_bits_and_keeps_its_arithmetic(runs, start, data, tmp_path):
     again = set_back(runs / "fp8", tmp_path / "run", last=6, to=3)
     assert fit(shrunk(start, data, **FP8), again)

@@ -91,8 +91,8 @@ def test_by_sample_each_sample_weighs_alike(drawn, whole):
     assert float(num_supervised(labels, segments)) == float(whole["token"][0][1])
 
 
-@pytest.mark.parametrize("mesh, weighting", [("data=2,fsdp=2,tp=2", "token"), ("data=2,fsdp=2,tp=2", "sample"), *(
-    pytest.param(mesh, weighting, marks=pytest.mark.slow) for mesh in ("fsdp=8", "tp=8") for weighting in WEIGHTINGS)])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=2,tp=2", "fsdp=8", "tp=8"])
 def test_chunks_on_a_mesh_are_the_whole(drawn, whole, mesh, weighting):
     """Rows over data and fsdp, the vocabulary over tp, the kernel's gradient laid as the kernel."""
     mesh = make_mesh(mesh)

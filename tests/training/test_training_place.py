@@ -300,7 +300,6 @@ def test_steps_that_are_read_at_the_end_are_named(recipe, at_update, tmp_path, c
     assert len([readers[0].read(name) for name in readers[0].tensors]) > 10
 
 
-@pytest.mark.slow
 def test_a_command_whose_workdir_is_gone_exits_1(recipe, tmp_path):
     """SIGTERM after `rm -rf`: one sentence, and not 75."""
     work, cfg = tmp_path / "run", recipe()

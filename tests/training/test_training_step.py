@@ -247,7 +247,7 @@ def test_frozen_parameters_keep_their_bits_and_the_rest_moves(params, single):
     assert all(not np.array_equal(np.asarray(state.trainable[n]), trained[n]) for n in trained)
 
 
-@pytest.mark.parametrize("mesh, micro_batches", [("data=2,fsdp=2,tp=2", 2), pytest.param("fsdp=8", 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh, micro_batches", [("data=2,fsdp=2,tp=2", 2), ("fsdp=8", 1)])
 def test_sharded_and_accumulated_is_single(params, single, mesh, micro_batches, capfd):
     """Also with a micro-batch for each half of the rows, whose numbers of supervised tokens are uneven."""
     counts = (make_batch(0)["labels"] != IGNORE).sum(1)
@@ -310,9 +310,8 @@ def packed(batch):
     return {name: pair(name, x).astype(x.dtype) for name, x in batch.items()}
 
 
-@pytest.mark.parametrize("mesh, micro_batches, is_packed", [("data=1", 4, True), *(
-    pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("data=1", 1, False), ("data=2,fsdp=2,tp=2", 2, False), ("data=8", 1, False)))])
+@pytest.mark.parametrize("mesh, micro_batches, is_packed", [
+    ("data=1", 4, True), ("data=1", 1, False), ("data=2,fsdp=2,tp=2", 2, False), ("data=8", 1, False)])
 def test_by_sample_each_sample_weighs_alike(params, by_hand, mesh, micro_batches, is_packed):
     """That it is so on a mesh is tested with the loss, too."""
     batches, losses, norms, wanted = by_hand
