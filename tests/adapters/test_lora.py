@@ -242,6 +242,7 @@ def test_rematerialised_layers_draw_the_same_dropout():
         np.testing.assert_allclose(one, two, atol=2e-5 * np.abs(one).max(), err_msg=name)
 
 
+@pytest.mark.slow
 def test_every_update_and_micro_batch_has_its_own_dropout():
     checkpoint = adapted(dropout=0.3)
     whole, parts, again = (updated(checkpoint, 3, seed=seed, micro_batches=m)[1] for seed, m in ((1, 1), (1, 2), (1, 1)))

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import select
 import signal
 import time
 import weakref
@@ -84,13 +85,13 @@ def source(tmp_path_factory):
 
 
 def begin(source, out, command):
-    """A conversion that takes a second, in a process of its own, when it has begun."""
+    """A conversion that takes two seconds, in a process of its own, when it has begun."""
     reader, writer = os.pipe()
 
     def slowly(names):
         os.write(writer, b".")
         for name in names:
-            time.sleep(0.01)
+            time.sleep(0.02)
             yield name
 
     def run():
@@ -99,7 +100,7 @@ def begin(source, out, command):
         return main([*words, "--checkpoint", str(source), "--out", str(out)])
     begun = forks.Command(run)
     os.close(writer)
-    assert os.read(reader, 1) == b"."
+    assert select.select([reader], [], [], 60)[0] and os.read(reader, 1) == b"."
     os.close(reader)
     return begun
 

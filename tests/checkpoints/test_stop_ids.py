@@ -110,7 +110,7 @@ def test_the_ids_are_those_that_end_answers_of_transformers(case, free_running, 
 
 
 def test_answers_end_where_those_of_transformers_do(free_running, tmp_path):
-    """Beams too: of several ids in tests/test_assistant.py."""
+    """Beams with several ids are compared in tests/test_assistant.py."""
     import llavamed_jax as lm
     model = combined("the file's list over the config's id", free_running, tmp_path / "model")
     ours = lm.load(model, dtype="float32")

@@ -168,6 +168,17 @@ def test_a_step_that_the_disk_has_no_room_for_is_refused_before_it_is_begun(work
     assert store.steps(workdir) == [1]
 
 
+def test_what_other_writes_of_a_failed_save_make_anew_is_deleted_too(tmp_path):
+    step = tmp_path / "3"
+    step.mkdir()
+    late = threading.Timer(0.25, lambda: (step / "state").mkdir(parents=True))
+    with pytest.raises(OSError, match="full"), store._deleted_if_failed(step):
+        late.start()
+        raise OSError("full")
+    late.join()
+    assert not step.exists()
+
+
 def test_a_disk_that_fills_up_in_a_save_is_one_sentence(workdir, source, monkeypatch, capfd):
     """A limit on the size of files stands in for it: TensorStore fails in threads of Orbax, which would log each failure, and other
     writes end when the first has failed already, which would find no event loop any more."""

@@ -99,7 +99,7 @@ def test_a_chat_hears_utf8_in_every_locale(variables, shown):
 
 
 def test_chat_templates_are_rendered_without_streams(tmp_path):
-    """By transformers without any, and by what takes its place without the first."""
+    """With all three closed by transformers; with stdin closed by a stand-in, since the pipe is what may be lost."""
     code = ("from llavamed_jax.text import template_process as t; text = t.render(dict(source='{{ messages[0].content }}', tokens={}, "
             "marker='<image>', messages=[dict(role='user', text='hello', parts=[])]), 'it'); raise SystemExit(text != 'hello')")
     assert bare("-c", code, closed="all").returncode == 0

@@ -252,7 +252,7 @@ def test_a_killed_evaluation_goes_on_without_asking_again(hurried, small, tmp_pa
         places, seen = kept(tmp_path), -1
         while seen != len(server.log):  # it still reads what was sent before the end
             seen = len(server.log)
-            time.sleep(0.2)
+            time.sleep(0.5)
         asked_before = Counter(each.asked for each in server.log if each.fault is None)
         server.log.clear()
         server.delay = 0.0

@@ -190,7 +190,7 @@ def test_faults_cost_repetitions_of_the_failed_alone(tmp_path):
         return f"{first} {second}"
 
     with OpenAiServer(answer, fault_rate=0.3, slow=20.0, seed=616) as server:
-        found = make(tmp_path, server, timeout=1, concurrency=4).verdicts(texts)
+        found = make(tmp_path, server, timeout=2, concurrency=4).verdicts(texts)
     assert [verdict.value for verdict in found] == [(i % 9 + 1, i % 10 + 1) for i in range(60)]
     assert len(server.faults_met()) == 8, "every kind of fault was met"
     assert asked(server) == {text: 1 for text in texts}

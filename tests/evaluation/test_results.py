@@ -286,7 +286,7 @@ def test_a_directory_that_is_removed_while_it_is_made_is_made_again(tmp_path, mo
 def test_two_evaluations_of_one_new_workdir(tmp_path):
     """One is answered, the other refused, and what the first wrote is there."""
     config = f"{ROOT / 'configs' / 'eval' / 'vqa_rad.py'}:demo"
-    argv = [sys.executable, "-m", "tests.support.fake_eval", "0.2", "--", "--config", config, "--checkpoint", str(SAMPLE),
+    argv = [sys.executable, "-m", "tests.support.fake_eval", "0.05", "--", "--config", config, "--checkpoint", str(SAMPLE),
             "--workdir", str(tmp_path / "w")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     both = [subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -99,7 +99,7 @@ def by_one(tmp_path, monkeypatch):
 def test_two_processes_answer_as_one_and_one_that_is_killed_ends_both(by_one, tmp_path):
     """Killed, started again, finished: the predictions are those of one process, and every file is there once."""
     tmp_path = tmp_path / "two"
-    running = two("tests.support.fake_eval", "0.1", "--", *DEMO, "--workdir", str(tmp_path), HEARTBEAT="2")
+    running = two("tests.support.fake_eval", "0.1", "--", *DEMO, "--workdir", str(tmp_path), HEARTBEAT="4")
     deadline = time.monotonic() + 60
     while (len(kept(tmp_path)) < 2 or min(kept(tmp_path).values()) < 5) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -164,6 +164,7 @@ def test_a_signal_to_one_stops_both(tmp_path):
     assert (first, second, silent) == (75, 75, "") and "answers are kept in" in said.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_two_processes_with_a_real_model_answer_as_one(tmp_path):
     """Four devices each, over two of which the rows of an engine lie."""
     start = write_start(tmp_path / "start")

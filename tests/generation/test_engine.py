@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llavamed_jax.config import DecoderConfig, LlavaConfig, VisionConfig
 from llavamed_jax.errors import UserError
-from llavamed_jax.generation import engine as engine_module
 from llavamed_jax.generation.engine import Engine
 from llavamed_jax.generation.image_features import Features
 from llavamed_jax.generation.programs import Made, Programs, Prompts
@@ -43,12 +42,6 @@ def params():
 def programs():
     """Of all engines here, so that a shape is compiled once."""
     return Programs(CFG, np.float32, None, steps=4)
-
-
-@pytest.fixture(autouse=True)
-def fewer_buckets(monkeypatch):
-    """A prefill has 64 positions or more: a program less of each kind, and still several."""
-    monkeypatch.setattr(engine_module, "bucket", lambda length: max(64, bucket(length)))
 
 
 @pytest.fixture

@@ -151,6 +151,7 @@ def test_norms_over_all_heads_are_whole_where_tp_divides_the_heads(built):
     np.testing.assert_allclose(found, wanted, atol=TOLERANCE * np.abs(wanted).max(), rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("built", ["qwen2.5", "qwen3", "olmo2"], indirect=True)
 def test_a_mesh_has_the_gradient_of_one_device(built):
     """Each leaf to float32's own error. In float64 the two are 2e-15 of a leaf's largest magnitude apart, and in float32 each

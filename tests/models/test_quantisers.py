@@ -29,7 +29,7 @@ CONFIGS = {f"{tower.model_type}, {decoder}": LlavaConfig(
 IDS = jnp.arange(12).reshape(2, 6) % 64
 PIXELS = jnp.linspace(-1, 1, 2 * 8 * 8 * 3).reshape(2, 1, 8, 8, 3)
 INPUTS = (IDS.at[:, 1:5].set(-200), PIXELS)
-# All kinds run their layers through the same stack: one of them scanned.
+# All kinds run their layers through the same stack, so one kind is tested scanned.
 EVERY_KIND = pytest.mark.parametrize("kind, scan", [*((kind, False) for kind in CONFIGS), (next(iter(CONFIGS)), True)])
 # Every projection has one name in its layer; each is one kernel when scanned, and one a layer when unrolled.
 DECODER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

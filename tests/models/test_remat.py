@@ -1,4 +1,4 @@
-"""Rematerialisation by name: what each policy keeps of a layer. (test_tower_kinds.py, test_attention.py and test_lora.py compare gradients.)
+"""Rematerialisation by name: what each policy keeps of a layer. (test_tower_kinds.py and test_lora.py compare gradients.)
 
 L layers, B batch, T positions, N query heads, K key/value heads, H head width, D model width, F feed-forward width.
 """

@@ -47,7 +47,7 @@ def refusing(status, body):
 def test_every_fault_is_asked_again_and_nothing_else(capfd):
     texts = [f"question {i}" for i in range(100)]
     with OpenAiServer(reverse, fault_rate=0.3, slow=60, seed=723) as server:
-        service = Service(server.url, "tiny", timeout=1, backoff=0.01, concurrency=6)
+        service = Service(server.url, "tiny", timeout=2, backoff=0.01, concurrency=6)
         found = ask(service, texts)
     assert {i: reply.text for i, reply in found.items()} == {i: text[::-1] for i, text in enumerate(texts)}
     faults = server.faults_met()

@@ -53,6 +53,7 @@ def fake_mpi_in_a_step(number, task):
     return {**slurm(number, 0), "SLURM_STEP_NUM_TASKS": "1", **open_mpi(number, task)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [slurm, open_mpi, fake_mpi_in_a_step])
 def test_processes_of_an_evaluation_find_each_other(told, tmp_path):
     number = job()

@@ -23,7 +23,8 @@ def test_fifty_updates_are_torchs(stage_2, measured):
     measured(found.loss, 0, yardstick.LOSS_TOLERANCE)
 
 
-@pytest.mark.parametrize("mistake", yardstick.MISTAKES)
+@pytest.mark.parametrize("mistake", ["b2 of 0.99", *(
+    pytest.param(m, marks=pytest.mark.slow) for m in yardstick.MISTAKES if m != "b2 of 0.99")])
 def test_a_mistake_fails(stage_2, mistake):
     assert not yardstick.with_mistake(mistake, stage_2[1], yardstick.HIGH_RATE, hf.llava()[1]).passes
 
@@ -34,7 +35,8 @@ def by_sample():
     return yardstick.by_sample()
 
 
-@pytest.mark.parametrize("name", yardstick.WEIGHTED)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name == "packed" else pytest.mark.slow) for name in yardstick.WEIGHTED])
 def test_fifty_updates_by_sample_are_those_of_hfs_trainer(by_sample, name, measured):
     """`loss_weighting=sample`, with samples that have no supervised token among them; weighed by token the losses are far off."""
     found = yardstick.weighted_here(*by_sample, **yardstick.WEIGHTED[name])
@@ -45,6 +47,7 @@ def test_fifty_updates_by_sample_are_those_of_hfs_trainer(by_sample, name, measu
     measured(found.loss, 0, yardstick.LOSS_TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", ["stage", yardstick.HIGH_RATE])
 def test_the_stages_one_after_the_other_are_torchs(rate):
     for stage, _, found, _ in yardstick.yardstick(rates=(rate,)):

@@ -309,6 +309,7 @@ def begin(command, workdir, least=3):
     return process, [pid for pid in pids if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+@pytest.mark.slow
 def test_a_run_whose_workers_hang_is_saved_by_the_first_signal_and_one_whose_worker_dies_by_itself(command, tmp_path):
     workdir = tmp_path / "run"
     process, pids = begin(command, workdir)

@@ -176,11 +176,10 @@ def test_a_compiler_ends_with_the_process_that_asked_for_it(monkeypatch):
         monkeypatch.setattr(sys, "stdin", open(nothing))
         compile.main()
     nothing, job = os.pipe()
-    process = forks.Command(run).process
+    command = forks.Command(run)
     os.close(theirs)
     os.close(ours)
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    assert command.finish()[0] == -signal.SIGKILL
     os.close(nothing)
     os.close(job)
 

@@ -120,6 +120,7 @@ def test_widths_that_no_group_divides_are_one_sentence(tmp_path):
             lm.load(start, quantize=bad)
 
 
+@pytest.mark.slow
 def test_an_evaluation_records_it_and_does_not_mix(path, tmp_path):
     from llavamed_jax.cli.eval import main
     argv = ["--config", "configs/eval/vqa_rad.py:demo", "--config.generation.max_new_tokens=2", "--checkpoint", str(path), "--workdir",

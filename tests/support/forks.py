@@ -33,8 +33,11 @@ class Command:
             self.process.start()
 
     def finish(self):
-        """Waits for the end; returns exit status and stderr."""
+        """Waits for the end, two minutes at most; returns exit status and stderr."""
         self.process.join(120)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
         with self._stderr:
             self._stderr.seek(0)
             return self.process.exitcode, self._stderr.read()

@@ -72,8 +72,8 @@ def _scalar(value: float) -> jax.Array:
 
 
 class FakeStep:
-    """In place of `make_train_step`: the state, of which the last is kept, stays as it is; `skipped(step)` says which updates were not
-    finite."""
+    """In place of `make_train_step`: the state stays as it is, and `state` is the last one; `skipped(step)` says which updates were
+    not finite."""
 
     def __init__(self, skipped=lambda step: False):
         self.step, self.skipped, self.batches, self.state = 0, skipped, [], None

@@ -49,7 +49,7 @@ def test_the_first_that_fits_is_taken_and_no_further_one_is_compiled():
 
 @pytest.fixture(scope="module")
 def small(start, data):
-    """Of one array, and saved at the end."""
+    """A recipe that trains one array and saves at the end."""
     return lambda **changes: training_runs.shrunk(start, data, **{
         "trainable": '["projector/linear_0/kernel"]', "checkpoint.every_steps": 0, **changes})
 

@@ -125,7 +125,7 @@ def cfg(tmp_path_factory):
     (folder / "train.json").write_text(json.dumps(json.loads((SAMPLE / "vqa_train.json").read_text())[:8]))
     keys = {"init": folder / "start", "data.train": folder / "train.json", "data.images": images(), "data.workers": 0, "data.packing": False,
             "batch_size": 4, "micro_batches": 1, "total_steps": 3, "max_length": 160, "remat": "none", "log_every": 1,
-            "checkpoint.every_steps": 2, "checkpoint.keep": 9, "samples_every": 0, "mesh.data": 1, "mesh.fsdp": 1,
+            "checkpoint.every_steps": 2, "checkpoint.keep": 9, "samples_every": 0, "mesh.data": 1, "mesh.fsdp": 2,
             "optimizer.warmup_ratio": 0.0, "optimizer.weight_decay": 0.1, "optimizer.learning_rate": 1e-3}
     cfg = load_config(f"{ROOT}/configs/finetune.py:llava15", [f"{key}={value}" for key, value in keys.items()])
     cfg.trainable = ("projector/.*", r"vision_tower/layers_-[12]/(layer_norm2|mlp)/.*")

@@ -57,7 +57,8 @@ def train(start, workdir, **changes):
 
 
 def test_a_run_moves_two_rows_and_the_projector(start, tmp_path):
-    before, after = train(start(True), tmp_path / "run", **{"optimizer.weight_decay": 0.1})
+    """On two devices, over which the table lies."""
+    before, after = train(start(True), tmp_path / "run", **{"optimizer.weight_decay": 0.1, "mesh.fsdp": 2})
     changed = {name for name in before.tensors if not np.array_equal(before.read(name), after.read(name))}
     assert changed == {"projector/linear_0/kernel", "projector/linear_0/bias", TABLE}
     rows = np.flatnonzero((before.read(TABLE) != after.read(TABLE)).any(axis=1))

@@ -51,8 +51,10 @@ def runs(recipe, tmp_path_factory):
 
     def copy(snapshot):
         if snapshot.step == 6:
+            deadline = time.monotonic() + 60
             while not (folder / "run" / "checkpoints" / ".sealed").exists():
-                time.sleep(0.01)  # step 3 is written in the background
+                assert time.monotonic() < deadline, "step 3, which is written in the background, does not come"
+                time.sleep(0.01)
             shutil.copytree(folder / "run", folder / "cut")
         return {}
 

@@ -311,9 +311,8 @@ def packed(batch):
 
 
 @pytest.mark.parametrize("mesh, micro_batches, is_packed", [
-    ("data=1", 4, True), ("data=1", 1, False), ("data=2,fsdp=2,tp=2", 2, False), ("data=8", 1, False)])
+    ("data=1", 4, True), ("fsdp=2,tp=2", 2, True), ("data=1", 1, False), ("data=2,fsdp=2,tp=2", 2, False), ("data=8", 1, False)])
 def test_by_sample_each_sample_weighs_alike(params, by_hand, mesh, micro_batches, is_packed):
-    """That it is so on a mesh is tested with the loss, too."""
     batches, losses, norms, wanted = by_hand
     assert len(set((batches[0]["labels"] != IGNORE).sum(1))) > 4, "samples must differ in supervised tokens"
     state, step, mesh = build(params, mesh, micro_batches=micro_batches, weighting="sample")

@@ -273,8 +273,10 @@ def test_samples_and_closed_accuracy_are_the_saved_models(recipe, stepping, tmp_
     with cfg.ignore_type():
         cfg.data.validation = str(tmp_path / "validation.json")
     compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None)
+
+    def note(event, *_, **__):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
 
     def show(snapshot):
         before = len(compiled)
@@ -283,7 +285,11 @@ def test_samples_and_closed_accuracy_are_the_saved_models(recipe, stepping, tmp_
         return seen[-1][1]
 
     watch = Callbacks([during_training.ClosedAccuracy(model)], show)
-    assert fit(cfg, tmp_path / "run", watch)
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        assert fit(cfg, tmp_path / "run", watch) and compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
     said = capsys.readouterr().out
     assert [step for step, _ in seen] == [2, 3]
     line = next(line for line in runs.log_lines(tmp_path / "run") if "validation_loss" in line)

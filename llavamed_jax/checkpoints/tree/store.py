@@ -43,6 +43,7 @@ from llavamed_jax.utils.files import is_at, read_json
 SEALED = ".sealed"  # exists in checkpoints/ once a step was complete
 TRIES = 5  # to open the newest step of a run that deletes older ones in the meantime
 _REMOVALS = 20  # tries to delete what a failed save has written, a tenth of a second apart
+_ABSENT = 4  # tries in a row that find nothing left, and end it
 _REMOVED = "{} was removed while it was written, so this step is not saved"
 
 
@@ -202,7 +203,7 @@ def _deleted_if_failed(directory: Path, written: int | None = None) -> Iterator[
 
     Args:
       directory: the step.
-      written: a descriptor of the directory that the save writes to; another directory at its path is left alone.
+      written: a descriptor of the directory that the save writes to; if another one is at its path, that is left alone.
     """
     try:
         yield
@@ -210,7 +211,7 @@ def _deleted_if_failed(directory: Path, written: int | None = None) -> Iterator[
         if jax.process_index() == 0:
             for path in [*_partial(directory), directory]:
                 with contextlib.suppress(OSError):
-                    if path.exists() and not (path / MANIFEST).exists() and (written is None or is_at(written, path)):
+                    if not (path / MANIFEST).exists() and (written is None or is_at(written, path)):
                         _remove(path)
         raise
 
@@ -218,12 +219,14 @@ def _deleted_if_failed(directory: Path, written: int | None = None) -> Iterator[
 def _remove(path: Path) -> None:
     """Deletes a directory to which other writes of a failed save may still add files, or which they make anew.
 
-    A directory that has a manifest is another save's, and a whole one.
+    What appears at its path while this waits is taken for the failed save's and deleted too, unless it has a manifest.
     """
+    absent = 0
     for _ in range(_REMOVALS):
         shutil.rmtree(path, ignore_errors=True)
         time.sleep(0.1)
-        if not path.exists() or (path / MANIFEST).exists():
+        absent = 0 if path.exists() else absent + 1
+        if absent == _ABSENT or (path / MANIFEST).exists():
             return
 
 
