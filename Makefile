@@ -23,7 +23,7 @@ $(VENV)/.gguf: $(VENV)/.core-$(ACCEL)
 test: $(VENV)/.dev
 	$(RUN) -m pytest -n 2 -m "not slow" tests
 
-# The tests that take ten seconds to minutes (the mark "slow") too.
+# The slow tests too.
 test-all: $(VENV)/.dev
 	$(RUN) -m pytest -n 2 tests
 
