@@ -40,7 +40,7 @@ def lasted(app, *pieces, reads=True):
     """Seconds until the server forgot the connection, and what it had sent; 3 seconds are for ever."""
     async def run():
         loop, ours = asyncio.get_running_loop(), socket.socketpair()
-        config = uvicorn.Config(app, http=server.connection_class(LIMITS), ws="none", log_config=None, lifespan="off", timeout_keep_alive=9)
+        config = uvicorn.Config(app, http=server.connection_class(LIMITS), ws="none", log_config=None, lifespan="off", timeout_keep_alive=1)
         config.load()
         state, out, begin = ServerState(), b"", time.monotonic()
         client, other = ours
@@ -70,16 +70,16 @@ HEAD = b" / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
                                     (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n")])
 def test_a_body_that_nobody_reads_keeps_no_connection_open(pieces):
     seconds, out = lasted(_refuses, *pieces)
-    assert seconds < 2.5 and out.startswith(b"HTTP/1.1 404")
+    assert seconds < 0.8 and out.startswith(b"HTTP/1.1 404")
 
 
 def test_a_body_that_a_route_awaits_without_a_clock_is_a_408():
     seconds, out = lasted(_waits, b"POST" + HEAD, b"a", b"b")
-    assert seconds < 2.5 and out.startswith(b"HTTP/1.1 408") and b"request_timeout" in out
+    assert seconds < 0.8 and out.startswith(b"HTTP/1.1 408") and b"request_timeout" in out
 
 
 def test_an_answer_that_nobody_reads_keeps_no_connection_open():
-    assert lasted(_streams, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", reads=False)[0] < 2.5
+    assert lasted(_streams, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", reads=False)[0] < 0.8
 
 
 def test_a_client_that_sends_all_in_time_is_answered_more_than_once():

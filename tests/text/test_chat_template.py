@@ -319,6 +319,8 @@ HOSTILE = {
     "a huge output": ("{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", _MEMORY),
     "a large output": ("{{ '<image>' + 'x' * 2**25 }}",
                        "cannot be rendered: it writes 33554439 characters; at most 16777216 were expected"),
+    "doubling": ("{% set ns = namespace(a='x') %}{% for i in range(99) %}{% set ns.a = ns.a + ns.a %}{% endfor %}",
+                 _MEMORY),
 }
 
 
