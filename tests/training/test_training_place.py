@@ -34,8 +34,11 @@ def at_update(monkeypatch):
     """`at_update(number, act)`: something is done when an update is dispatched; saves are at 3 and 6, and at the last, 8.
 
     Args:
-      after: it is waited for until the save of this step is done.
+      after: the step whose save is waited for, until the run itself knows that it is done.
     """
+    noted, note = [], places.Place.note
+    monkeypatch.setattr(places.Place, "note", lambda self, step: (note(self, step), noted.append(step)))
+
     def use(number, *acts, after=None):
         step = FakeStep()
         update = step.update
@@ -43,7 +46,9 @@ def at_update(monkeypatch):
         def acting(state, batch):
             found = update(state, batch)
             if step.step == number:
-                while after is not None and not after.exists():
+                deadline = time.monotonic() + 60
+                while after is not None and after not in noted:
+                    assert time.monotonic() < deadline, "the save does not come"
                     time.sleep(0.01)
                 for act in acts:
                     act()
@@ -75,9 +80,9 @@ def contents(folder):
 GONE = "was removed or moved during the run, together with the saved steps .{}.; restore it, or name another workdir"
 
 
-def sealed(work, number):
-    """The mark of the last save before an update."""
-    return work / "checkpoints" / str((number - 1) // 3 * 3) / "manifest.json" if number > 3 else None
+def last_save(number):
+    """The step of the last save before an update."""
+    return (number - 1) // 3 * 3 or None
 
 
 @pytest.mark.parametrize("number, log_every, saved", [
@@ -86,7 +91,7 @@ def sealed(work, number):
 ])
 def test_a_workdir_that_is_gone_ends_the_run(recipe, at_update, tmp_path, capsys, number, log_every, saved):
     work, how = tmp_path / "run", "moved" if number == 5 else "removed"
-    at_update(number, lambda: shutil.rmtree(work) if how == "removed" else work.rename(tmp_path / "elsewhere"), after=sealed(work, number))
+    at_update(number, lambda: shutil.rmtree(work) if how == "removed" else work.rename(tmp_path / "elsewhere"), after=last_save(number))
     with pytest.raises(Lost, match=f"^the workdir {work} {GONE.format(saved)}"):
         fit(recipe(log_every=log_every), work)
     assert not work.exists() and "stopped and saved" not in capsys.readouterr().out
@@ -114,7 +119,7 @@ def test_a_workdir_that_goes_while_a_step_is_written(recipe, at_update, tmp_path
 def test_a_workdir_that_is_gone_at_the_last_save_of_a_signal(recipe, at_update, tmp_path, capsys, number):
     """At 6 the step is saved by count, and then again nothing is left to save."""
     work = tmp_path / "run"
-    at_update(number, lambda: shutil.rmtree(work), terminate, after=sealed(work, number))
+    at_update(number, lambda: shutil.rmtree(work), terminate, after=last_save(number))
     with pytest.raises(Lost, match="was removed or moved during the run, together with the saved steps"):
         fit(recipe(log_every=100), work)
     assert "stopped and saved" not in capsys.readouterr().out and not work.exists()
@@ -143,7 +148,7 @@ def test_what_replaces_a_workdir_is_not_written_to(recipe, other, at_update, tmp
     def replace():
         shutil.rmtree(work)
         shutil.copytree(other, work)
-    at_update(4, replace, after=sealed(work, 4))
+    at_update(4, replace, after=last_save(4))
     with pytest.raises(Lost, match=f"^the workdir {work} was replaced by the workdir of another run, .* .the last step was 3.; nothing more is saved$"):
         fit(recipe(), work)
     assert contents(work) == contents(other) and "saved at" not in capsys.readouterr().out
@@ -158,7 +163,7 @@ def test_a_directory_of_nobody_is_not_written_to(recipe, at_update, tmp_path, is
         work.mkdir()
         if not is_empty:
             (work / "notes.txt").write_text("mine")
-    at_update(4, replace, after=sealed(work, 4))
+    at_update(4, replace, after=last_save(4))
     with pytest.raises(Lost, match=f"^the workdir {work} was replaced by another directory during the run, .*recipe.json is missing"):
         fit(recipe(), work)
     assert [path.name for path in work.iterdir()] == [[], ["notes.txt"]][not is_empty]
@@ -169,7 +174,7 @@ def test_a_directory_of_nobody_is_not_written_to(recipe, at_update, tmp_path, is
 def test_another_model_in_the_workdir_ends_the_run(recipe, at_update, tmp_path, part, how):
     work = tmp_path / "run"
     file = work / part
-    at_update(4, lambda: file.unlink() if how == "removed" else file.write_bytes(file.read_bytes() + b"\n"), after=sealed(work, 4))
+    at_update(4, lambda: file.unlink() if how == "removed" else file.write_bytes(file.read_bytes() + b"\n"), after=last_save(4))
     with pytest.raises(Lost, match=f"^{file} (has been removed|has changed) since .*; nothing more is saved .the last step was 3.$"):
         fit(recipe(), work)
     assert steps(work) == [3]
@@ -178,7 +183,7 @@ def test_another_model_in_the_workdir_ends_the_run(recipe, at_update, tmp_path, 
 @pytest.mark.parametrize("number, kept", [(2, [3, 6, 8]), (7, [8])])
 def test_steps_that_are_removed_are_said_and_saving_goes_on(recipe, at_update, tmp_path, capsys, number, kept):
     work = tmp_path / "run"
-    at_update(number, lambda: shutil.rmtree(work / "checkpoints"), after=sealed(work, number))
+    at_update(number, lambda: shutil.rmtree(work / "checkpoints"), after=last_save(number))
     assert fit(recipe(), work)
     assert steps(work) == kept and newest_intact_step(work) == (8, [])
     lost = {2: [], 7: [6]}[number]
@@ -234,7 +239,7 @@ def test_a_step_of_which_files_are_removed_while_it_is_written_is_not_sealed(rec
 
 def test_one_step_that_is_removed_is_said(recipe, at_update, tmp_path, capsys):
     work = tmp_path / "run"
-    at_update(7, lambda: shutil.rmtree(work / "checkpoints" / "6"), after=sealed(work, 7))
+    at_update(7, lambda: shutil.rmtree(work / "checkpoints" / "6"), after=last_save(7))
     assert fit(recipe(total_steps=7), work)
     assert f"{work}/checkpoints/6 was removed after it was saved and is lost; the remaining steps: 3\n" in capsys.readouterr().out
     assert steps(work) == [3, 7]
@@ -260,7 +265,7 @@ def test_a_workdir_that_another_run_has_taken_is_left_to_it(recipe, at_update, t
         opened.append(places.Place(work))
         opened[0].lock()
         opened[0].sign()
-    at_update(4, take, after=sealed(work, 4))
+    at_update(4, take, after=last_save(4))
     with pytest.raises(Lost, match=f"^the workdir {work} is in use by another run .process {os.getpid()}.; nothing more is saved"):
         fit(recipe(), work)
     opened[0].release()
@@ -293,7 +298,7 @@ def test_logs_that_are_removed_begin_anew(recipe, at_update, tmp_path, capsys):
 def test_steps_that_are_read_at_the_end_are_named(recipe, at_update, tmp_path, capsys):
     from llavamed_jax.checkpoints.open import open_checkpoint
     work, readers = tmp_path / "run", []
-    at_update(5, lambda: readers.append(open_checkpoint(work)), after=sealed(work, 5))
+    at_update(5, lambda: readers.append(open_checkpoint(work)), after=last_save(5))
     assert fit(recipe(total_steps=6, **{"checkpoint.keep": 1}), work)
     assert readers[0].step == 3 and steps(work) == [3, 6]
     assert "other programs are reading the steps 3, so these steps are kept; delete them later\n" in capsys.readouterr().out
